@@ -1,0 +1,217 @@
+"""The contract between a unified backbone and everything else: one policy, two views of it.
+
+Sampling walks through caches (:meth:`Adapter.prefill`, :meth:`Adapter.next_logits`,
+:meth:`Adapter.velocity`); learning goes through one packed, teacher-forced pass
+(:meth:`Adapter.forward`). Both must be the same policy: ``testing.check_adapter`` says where they are
+not. Backbones never see rewards, advantages or strategies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import ClassVar, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unigrpo.types import Defaults, Grid, ImageSegment, Prompt, Scores, Segment, Trajectory
+
+C = TypeVar("C", bound="Cache")
+
+
+class Cache(ABC):
+    """What a backbone remembers of ``B`` prefixes; everything but the row operations is private."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows B."""
+
+    @abstractmethod
+    def select(self: C, rows: Tensor) -> C:
+        """Return a new cache with the rows ``[n]`` (int64, any order, repeats allowed)."""
+
+    def expand(self: C, counts: Sequence[int]) -> C:
+        """Return a new cache in which row b stands ``counts[b]`` times, in order."""
+        repeats = torch.as_tensor(counts)
+        return self.select(torch.arange(len(self)).repeat_interleave(repeats))
+
+
+class ImageLogits(NamedTuple):
+    """One sampling step of a discrete image."""
+
+    logits: Tensor
+    """``[B, M, V]`` for M positions that may be filled now."""
+    positions: Tensor
+    """``[B, M]`` int64, which of the N positions they are."""
+    num_revealed: int
+    """How many of the M are kept, the most confident first (autoregressive: M = 1 of 1)."""
+
+
+class Adapter(nn.Module, ABC):
+    """A unified backbone seen as one policy over text and images.
+
+    Sigma convention everywhere: 1 = noise, 0 = data; velocity = dx/dsigma = noise - data. Adapters
+    convert from whatever their backbone uses. Every trainable weight is reached through a call of
+    ``self.net`` (sharding strategies wrap that module and nothing else); frozen parts live outside it
+    and are listed by :meth:`frozen_modules`.
+
+    Text is opened, decoded and closed by the adapter: marks that the layout forces (the begin mark of
+    a text, the stop token of a text that ran into its limit, begin and end of an image) are fed by
+    :meth:`next_logits` and :meth:`extend` and are never actions of the policy.
+    """
+
+    net: nn.Module
+    """The trainable network, the unit that strategies wrap."""
+    stop_token: int
+    """Id that ends a sampled text; it is itself an action."""
+    latent_channels: int = 0
+    """C of the latent tokens (continuous images)."""
+    image_policy: ClassVar[Literal["flow", "tokens"]] = "flow"
+    """Whether images are continuous latents or discrete codes."""
+
+    # ---- from the user's request to given segments, and back to words and pixels
+
+    @abstractmethod
+    def tokenize(self, prompt: Prompt) -> list[Segment]:
+        """Return the given segments of a prompt: template, system text, input images."""
+
+    @abstractmethod
+    def detokenize(self, tokens: Tensor) -> str:
+        """Return the words of ``[L]`` token ids, the stop token left out."""
+
+    @abstractmethod
+    def image_grid(self, prompt: Prompt) -> Grid:
+        """Return the latent grid ``(h, w)`` of the image this prompt asks for."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Turn clean latents ``[B, N, C]`` (or codes ``[B, N]``) into ``[B, 3, H, W]`` in [0, 1]."""
+
+    def look(self, image: ImageSegment) -> ImageSegment:
+        """Return the drawn image as later segments will see it, ``views`` filled; same by default."""
+        return image
+
+    # ---- sampling, without gradients, through a cache
+
+    @abstractmethod
+    def prefill(self, contexts: Sequence[Sequence[Segment]]) -> Cache:
+        """Read B ragged contexts of any interleaving into a new cache; an empty context is legal."""
+
+    @abstractmethod
+    def extend(self, cache: Cache, segments: Sequence[Segment]) -> None:
+        """Append one segment to each of the B rows, in place; equal to :meth:`prefill` of the longer lists.
+
+        A text that was just decoded into this cache by :meth:`next_logits` is completed, not repeated:
+        only what is missing of it (its last token, a forced stop mark) is fed.
+        """
+
+    @abstractmethod
+    def next_logits(self, cache: Cache, tokens: Tensor | None, active: Tensor) -> Tensor:
+        """Feed one token per row and return the logits of the next.
+
+        Args:
+            cache: of B rows; rows with ``active`` False are left exactly as they were.
+            tokens: ``[B]`` int64, the tokens just sampled; ``None`` opens a new text in every row.
+            active: ``[B]`` bool.
+
+        Returns:
+            ``[B, V]`` logits, untempered; rows that are not active hold anything finite.
+        """
+
+    def velocity(self, cache: Cache, latents: Tensor, sigma: Tensor, grid: Grid) -> Tensor:
+        """Return the velocity of noisy latents seen after each row's context; the cache stays as it was.
+
+        Args:
+            cache: of B rows.
+            latents: ``[B, N, C]`` float32.
+            sigma: ``[B]`` float32 in [0, 1].
+            grid: ``(h, w)``, the same for all rows of a call.
+
+        Returns:
+            ``[B, N, C]`` float32.
+        """
+        raise TypeError(f"{type(self).__name__} does not draw with a flow: image_policy is 'tokens'.")
+
+    def next_image_logits(self, cache: Cache, tokens: Tensor, step: int, grid: Grid) -> ImageLogits:
+        """Return the logits of one sampling step of a discrete image.
+
+        Args:
+            cache: of B rows; it may remember the image in progress, begun at step 0.
+            tokens: ``[B, N]`` int64 codes, -1 where not yet revealed.
+            step: index of this sampling step, from 0 until no code is -1.
+            grid: ``(h, w)``, the same for all rows.
+        """
+        raise TypeError(f"{type(self).__name__} does not draw with tokens: image_policy is 'flow'.")
+
+    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> Cache | None:
+        """Return the unconditional twin of these contexts for guided *evaluation*; None = not offered."""
+        return None
+
+    # ---- learning: the only differentiable path
+
+    @abstractmethod
+    def forward(self, trajectories: Sequence[Trajectory], steps: slice = slice(None)) -> Scores:
+        """Score the sampled segments of whole trajectories in one packed, teacher-forced pass.
+
+        The K noisy states of one image sit side by side: each sees the context before it and itself
+        only. Runs with and without gradients.
+
+        Args:
+            trajectories: any number, ragged, with any interleaving of segments.
+            steps: which of the K window steps to score (a slice of ``range(K)``).
+        """
+
+    # ---- what strategies and optimizers need to know
+
+    @abstractmethod
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trainable parameters as ``{"text": [...], "flow": [...]}``, disjoint and complete."""
+
+    def shard_units(self) -> list[nn.Module]:
+        """Return the submodules of ``net`` that a sharding strategy gathers one at a time."""
+        return []
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the parts outside ``net`` (VAE, ViT) that must follow the device."""
+        return []
+
+    def materialize(self) -> None:
+        """Load the weights of a ``net`` that was built on the meta device; nothing to do by default."""
+
+    def reference(self) -> AbstractContextManager[None] | None:
+        """Return a context in which ``net`` is the reference policy (LoRA off), or None for a frozen twin."""
+        return None
+
+    def defaults(self) -> Defaults | None:
+        """Return prompts and rewards for a user who brings none; None = there are none."""
+        return None
+
+
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Score tokens under the tempered distribution they are drawn from.
+
+    ``log_prob = log softmax(logits / temperature)[token]``; ``entropy = -sum p log p``.
+
+    Rollout and training both call this function, so that they agree to rounding.
+
+    Args:
+        logits: ``[*, V]`` any float dtype; computed in float32 (float64 stays float64).
+        tokens: ``[*]`` int64.
+        temperature: > 0.
+
+    Returns:
+        Log-probabilities ``[*]`` in nats, differentiable, and entropies ``[*]`` in nats, detached.
+
+    Example:
+        >>> log_prob, entropy = token_log_probs(torch.zeros(1, 4), torch.tensor([2]))
+        >>> log_prob, entropy
+        (tensor([-1.3863]), tensor([1.3863]))
+    """
+    log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)
+    return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy

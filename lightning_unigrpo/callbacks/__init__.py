@@ -1,0 +1,22 @@
+"""What happens around a collection: grouping, reference, rewards, checkpoints, display."""
+
+from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
+from lightning_unigrpo.callbacks.checkpoint import IterationCheckpoint
+from lightning_unigrpo.callbacks.grouping import RolloutGrouping
+from lightning_unigrpo.callbacks.predictions import PredictionWriter
+from lightning_unigrpo.callbacks.progress import RolloutProgress
+from lightning_unigrpo.callbacks.reference import ReferenceVelocity
+from lightning_unigrpo.callbacks.report import RunReport
+from lightning_unigrpo.callbacks.rewards import RewardLogger
+
+__all__ = [
+    "Experience",
+    "IterationCheckpoint",
+    "PredictionWriter",
+    "ReferenceVelocity",
+    "RewardLogger",
+    "RolloutGrouping",
+    "RolloutProgress",
+    "RunReport",
+    "UniGRPOCallback",
+]

@@ -1,0 +1,115 @@
+"""Checkpoints that always fall between iterations, also when somebody presses Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+
+class IterationCheckpoint(Checkpoint):
+    """Save ``last.ckpt`` every few iterations, and on SIGINT or SIGTERM after the running one.
+
+    Never in the middle of an iteration: half-updated weights would replay their batch. The first
+    signal finishes the running iteration, saves and stops without validation; the second aborts and
+    leaves the last checkpoint, which continues to the same numbers.
+
+    Args:
+        every: iterations between checkpoints; 0 = only at the end and on a signal.
+        dirpath: folder; ``None`` = ``checkpoints`` in the logger's folder, or in
+            ``trainer.default_root_dir`` without a logger.
+        keep: also keep ``iteration=N.ckpt`` every so many iterations; 0 = only the last.
+    """
+
+    def __init__(self, every: int = 10, dirpath: str | None = None, keep: int = 0) -> None:
+        if every < 0 or keep < 0:
+            raise ValueError(
+                f"IterationCheckpoint got every={every} and keep={keep}; give 0 or more iterations."
+            )
+        self.every, self.dirpath, self.keep = every, dirpath, keep
+        self.interrupted = False
+        self.last_path: Path | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved = -1
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        root = self.dirpath or str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        self._folder = Path(trainer.strategy.broadcast(root))
+        if trainer.is_global_zero:
+            _require_writable(self._folder)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        rank_zero_info(
+            "\nInterrupted: finishing this iteration, then saving. Once more aborts at once."
+        )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stop = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        iteration = int(pl_module.iteration)  # type: ignore[arg-type]
+        if stop or (self.every and iteration % self.every == 0):
+            self._save(trainer, iteration)
+        if stop:
+            self.interrupted = True
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # a user who waits for the prompt wants no validation
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        iteration = int(pl_module.iteration)  # type: ignore[arg-type]
+        if not self.interrupted and iteration != self._saved:
+            self._save(trainer, iteration)
+        if self.last_path is not None:
+            rank_zero_info(f"Checkpoint of iteration {self._saved}: {self.last_path}")
+
+    def _save(self, trainer: Trainer, iteration: int) -> None:
+        self.last_path = self._folder / "last.ckpt"
+        fresh = self._folder / "last.ckpt.part"
+        trainer.save_checkpoint(fresh)
+        if trainer.is_global_zero:
+            fresh.replace(self.last_path)  # a reader finds the old file or the new one, never half
+        if self.keep and iteration % self.keep == 0:
+            trainer.save_checkpoint(self._folder / f"iteration={iteration}.ckpt")
+        self._saved = iteration
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+def _require_writable(folder: Path) -> None:
+    """Fail now rather than after the first hour."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"Checkpoints cannot be written to {folder} ({error.strerror}). Choose another folder with "
+            "IterationCheckpoint's dirpath, the logger's save_dir or trainer.default_root_dir."
+        ) from error

@@ -1,0 +1,74 @@
+"""Pictures of a run: what was drawn with which reasoning, and how the reward rose."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_unigrpo.types import Trajectory
+
+
+def sample_grid(rows: Mapping[str, Sequence[Trajectory]], *, width: int = 26) -> Figure:
+    """Draw samples row by row, each with its prompt above and its reasoning and reward below.
+
+    Args:
+        rows: title of a row ("base", "trained") to its trajectories; rows may differ in length.
+        width: characters per caption line.
+
+    Returns:
+        A figure; the caller saves it or hands it to a logger.
+    """
+    columns = max(len(samples) for samples in rows.values())
+    figure = Figure(figsize=(2.1 * columns, 2.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_xticks([]), axis.set_yticks([])
+        axis.set_frame_on(False)
+    for line, (title, samples) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(title, fontsize=11, fontweight="bold")
+        for axis, sample in zip(line, samples, strict=False):
+            _draw(axis, sample, width)
+    return figure
+
+
+def _draw(axis: object, sample: Trajectory, width: int) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axis, Axes)
+    if sample.image is not None:
+        axis.imshow(sample.image.detach().float().cpu().permute(1, 2, 0).numpy(), vmin=0, vmax=1)
+    axis.set_title(_wrap(sample.prompt.text, width), fontsize=7)
+    reasoning = _wrap(sample.completion or "(no reasoning)", width)
+    reward = "" if np.isnan(sample.reward) else f"\nreward {sample.reward:.2f}"
+    axis.set_xlabel(reasoning + reward, fontsize=7, family="monospace")
+
+
+def _wrap(text: str, width: int) -> str:
+    # matplotlib reads $ as mathematics; a model may well write one.
+    lines = textwrap.wrap(text, width, max_lines=4, placeholder=" …")
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def reward_curve(
+    train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]
+) -> Figure:
+    """Draw the reward of training rollouts and of held-out evaluation against the iteration."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axis = figure.subplots()
+    if train:
+        axis.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.6, label="training rollouts")
+    if held_out:
+        axis.plot(
+            *zip(*held_out, strict=True),
+            color="tab:orange",
+            marker="o",
+            label="held-out prompts, greedy",
+        )
+    axis.set_xlabel("iteration"), axis.set_ylabel("reward")
+    axis.grid(alpha=0.3)
+    if train or held_out:
+        axis.legend()
+    return figure

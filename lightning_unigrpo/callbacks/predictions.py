@@ -1,0 +1,72 @@
+"""Write what `predict` draws: one picture per prompt, and the reasoning beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.image import imsave
+from typing_extensions import override
+
+from lightning_unigrpo.types import Trajectory
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write ``<id>.png`` per prompt and one ``predictions.jsonl`` with prompt, reasoning and file.
+
+    Args:
+        folder: where to; ``None`` = ``predictions`` in ``trainer.default_root_dir``.
+        scale: enlarge each pixel this many times (8 x 8 digits are hard to see).
+    """
+
+    def __init__(self, folder: str | None = None, scale: int = 1) -> None:
+        super().__init__(write_interval="batch")
+        if scale < 1:
+            raise ValueError(f"PredictionWriter.scale is {scale}; give 1 or more.")
+        self.folder, self.scale = folder, scale
+
+    def _path(self, trainer: Trainer) -> Path:
+        path = Path(self.folder or Path(trainer.default_root_dir) / "predictions")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (self._path(trainer) / self._table(trainer)).unlink(missing_ok=True)
+
+    @staticmethod
+    def _table(trainer: Trainer) -> str:
+        return "predictions.jsonl" if trainer.world_size == 1 else f"predictions.{trainer.global_rank}.jsonl"
+
+    @override
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Sequence[Trajectory],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        folder = self._path(trainer)
+        with (folder / self._table(trainer)).open("a", encoding="utf-8") as table:
+            for t in prediction:
+                record = {"id": t.prompt.id, "prompt": t.prompt.text, "reasoning": t.completion}
+                if t.image is not None:
+                    record["image"] = f"{t.prompt.id}.png"
+                    pixels = t.image.float().cpu().repeat_interleave(self.scale, 1)
+                    pixels = pixels.repeat_interleave(self.scale, 2).permute(1, 2, 0).numpy()
+                    imsave(folder / record["image"], pixels.clip(0, 1))
+                table.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank_zero_info(f"Pictures and reasoning: {self._path(trainer)}")
+
+

@@ -1,0 +1,101 @@
+"""The frozen policy that keeps the images honest: its velocities on the states that were visited."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
+from lightning_unigrpo.types import ImageSegment, TextSegment, TokenImageSegment, sampled
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.module import UniGRPOModule
+
+
+class ReferenceVelocity(UniGRPOCallback):
+    """Store the reference policy's velocities (and text log-probabilities) on the sampled segments.
+
+    Computed once per collection by the same packed pass as the policy's own, the reference's weights
+    for the text context too, so that no update runs a reference forward. The reference is the policy
+    with its LoRA off where the adapter offers that, otherwise a frozen copy of ``adapter.net`` taken
+    before training, held outside the module tree and left out of checkpoints. Skipped when every
+    weight that needs it is 0.
+
+    Args:
+        refresh_every: take a new snapshot every so many collections; ``None`` keeps the first. A
+            refreshed snapshot is written into checkpoints, because nothing else can restore it.
+    """
+
+    def __init__(self, refresh_every: int | None = None) -> None:
+        if refresh_every is not None and refresh_every < 1:
+            raise ValueError(
+                f"ReferenceVelocity.refresh_every is {refresh_every}; give 1 or more, or leave it out."
+            )
+        self.refresh_every = refresh_every
+        self._twin: list[Adapter] = []  # a list: a bare Module attribute would be registered by owners
+        self._restored: dict[str, Any] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module: UniGRPOModule = pl_module  # type: ignore[assignment]
+        if stage == "fit" and module.objective.needs_reference and module.adapter.reference() is None:
+            self._snapshot(module.adapter)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for twin in self._twin:
+            if self._restored is not None:
+                twin.net.load_state_dict(self._restored)
+            twin.net.to(pl_module.device)
+        self._restored = None
+
+    def _snapshot(self, adapter: Adapter) -> None:
+        """Freeze a copy of the network behind an adapter that shares everything else."""
+        twin = copy.copy(adapter)
+        twin._modules = dict(adapter._modules)
+        twin.net = copy.deepcopy(adapter.net).requires_grad_(False).eval()
+        self._twin = [twin]
+
+    @override
+    def on_rollout_end(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+        if not module.objective.needs_reference:
+            return
+        due = self.refresh_every and experience.iteration and not experience.iteration % self.refresh_every
+        if due and self._twin:
+            self._twin[0].net.load_state_dict(module.adapter.net.state_dict())
+        policy, context = self._reference(module.adapter)
+        images = module.objective.needs_ref_velocity
+        with torch.no_grad(), context:
+            for done, batch in enumerate(module.micro_batches(experience.trajectories)):
+                scores = policy(batch, slice(None) if images else slice(0, 0))
+                text, velocity, codes = map(iter, (scores.text, scores.velocity, scores.image_tokens))
+                for _, segment in sampled(batch):
+                    if isinstance(segment, TextSegment):
+                        segment.ref_log_prob = next(text)
+                    elif isinstance(segment, ImageSegment):
+                        segment.ref_velocity = next(velocity) if images else None
+                    elif isinstance(segment, TokenImageSegment):
+                        segment.ref_log_prob = next(codes)
+                module.progress("reference", done + 1, module.num_micro_batches(experience.trajectories))
+
+    def _reference(self, adapter: Adapter) -> tuple[Adapter, AbstractContextManager[None]]:
+        context = adapter.reference()
+        if context is not None:
+            return adapter, context
+        return self._twin[0], nullcontext()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self.refresh_every is None or not self._twin:
+            return {}
+        return {"net": self._twin[0].net.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict.get("net")

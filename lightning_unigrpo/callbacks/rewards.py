@@ -1,0 +1,120 @@
+"""What a collection was worth, and the numbers and pictures that expose a hacked reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_unigrpo import distributed
+from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
+from lightning_unigrpo.callbacks.figures import sample_grid
+from lightning_unigrpo.types import TextSegment, Trajectory
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.module import UniGRPOModule
+
+
+class RewardLogger(UniGRPOCallback):
+    """Log every reward, the state of the texts and of the images, and sample grids.
+
+    A second classifier does not see a collapse; diversity inside a group and the share of saturated
+    pixels do, so both are logged beside the rewards. All scalars of a step share one reduction.
+
+    Args:
+        images_every: iterations between sample grids; 0 = none.
+        num_images: samples per grid.
+    """
+
+    def __init__(self, images_every: int = 50, num_images: int = 8) -> None:
+        if images_every < 0 or num_images < 1:
+            raise ValueError(
+                f"RewardLogger got images_every={images_every} and num_images={num_images}; give 0 or "
+                "more, and 1 or more."
+            )
+        self.images_every = images_every
+        self.num_images = num_images
+
+    @override
+    def on_experience(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+        trajectories = experience.trajectories
+        sums, counts = reward_sums(experience)
+        sums |= text_sums(trajectories)
+        counts |= dict.fromkeys(text_sums([]), torch.tensor(float(len(trajectories))))
+        pictures = image_sums(trajectories)
+        sums |= pictures
+        counts |= dict.fromkeys(pictures, torch.tensor(1.0))
+        device = module.device
+        totals = distributed.reduce_named({k: v.to(device) for k, v in sums.items()}, {})
+        over = distributed.reduce_named({k: v.to(device) for k, v in counts.items()}, {})
+        experience.metrics |= {k: totals[k] / over[k] if over[k] else float("nan") for k in totals}
+        failures = {k: torch.tensor(float(v), device=device) for k, v in experience.details.items()}
+        experience.metrics |= distributed.reduce_named(failures, {})
+        if self.images_every and experience.iteration % self.images_every == 0:
+            self._log_images(trainer, trajectories)
+
+    @rank_zero_only
+    def _log_images(self, trainer: Trainer, trajectories: Sequence[Trajectory]) -> None:
+        drawn = [t for t in trajectories if t.image is not None][: self.num_images]
+        if drawn:
+            for logger in trainer.loggers:
+                log_figure(logger, "samples", drawn, trainer.global_step)
+
+
+def log_figure(logger: Logger, key: str, samples: Sequence[Trajectory], step: int) -> None:
+    """Hand a sample grid to a logger that can take pictures; others are left alone."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(key, sample_grid({key: samples}), global_step=step)
+    elif isinstance(logger, WandbLogger):
+        images = [s.image for s in samples]
+        captions = [f"{s.prompt.text}\n{s.completion}\nreward {s.reward:.3f}" for s in samples]
+        logger.log_image(key, images, step=step, caption=captions)
+
+
+def reward_sums(experience: Experience) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return sums over this rank's finite rewards and how many they are, per reward."""
+    sums, counts = {}, {}
+    for name, column in zip(experience.reward_names, experience.rewards.unbind(1), strict=True):
+        known = column.isfinite()
+        sums[f"reward/{name}"] = column[known].sum()
+        counts[f"reward/{name}"] = known.sum().float()
+    return sums, counts
+
+
+def text_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+    """Return the sums over trajectories of text length (tokens) and of texts that stopped."""
+    lengths = [
+        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
+        for t in trajectories
+    ]
+    return {
+        "text/length": torch.tensor(float(sum(lengths))),
+        "text/stopped": torch.tensor(float(sum(t.stopped for t in trajectories))),
+    }
+
+
+def image_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+    """Return diversity and saturation of the images of this rank; empty when nothing was drawn.
+
+    ``diversity`` is the standard deviation of a pixel over the images of one group, averaged over
+    pixels and groups; ``saturation`` the share of pixel values within 0.02 of black or white.
+    """
+    groups: dict[tuple[int, torch.Size], list[Tensor]] = {}
+    for t in trajectories:
+        if t.image is not None:
+            groups.setdefault((t.group, t.image.shape), []).append(t.image.float())
+    if not groups:
+        return {}
+    stacks = [torch.stack(images) for images in groups.values()]
+    spread = [stack.std(0, correction=0).mean() for stack in stacks]
+    extreme = [((stack < 0.02) | (stack > 0.98)).float().mean() for stack in stacks]
+    return {
+        "image/diversity": torch.stack(spread).mean(),
+        "image/saturation": torch.stack(extreme).mean(),
+    }

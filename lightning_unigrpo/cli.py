@@ -1,0 +1,47 @@
+"""The command line: ``unigrpo fit|validate|test|predict --config configs/digits.yaml``."""
+
+from __future__ import annotations
+
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from lightning_unigrpo.callbacks import IterationCheckpoint, RunReport
+from lightning_unigrpo.data import PromptDataModule
+from lightning_unigrpo.module import UniGRPOModule
+
+
+class UniGRPOCLI(LightningCLI):
+    """LightningCLI that tests the model before and after ``fit`` when a :class:`RunReport` is there."""
+
+    def before_fit(self) -> None:
+        """Measure the base model on the test prompts."""
+        if self._report() is not None:
+            self.trainer.test(self.model, self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Measure the trained model and write the report, unless the run was interrupted."""
+        report = self._report()
+        checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)]
+        if report is not None and not any(c.interrupted for c in checkpoints):
+            self.trainer.test(self.model, self.datamodule, verbose=False)
+            if self.trainer.is_global_zero:
+                report.write(self.trainer)
+
+    def _report(self) -> RunReport | None:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, RunReport)), None)
+
+
+def main(args: ArgsType = None) -> UniGRPOCLI:
+    """Run the command line; ``args`` as in ``sys.argv[1:]``, which ``None`` reads."""
+    return UniGRPOCLI(
+        UniGRPOModule,
+        PromptDataModule,
+        args=args,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Settings, with the paper's value as the default of each field.
+
+Frozen, keyword-only dataclasses: jsonargparse turns every field into a YAML key and a command-line
+flag (``--model.sampling.group_size 8``). A value that cannot work raises ``ValueError`` here, before
+anything is loaded; a value that contradicts the paper is legal and warned about once.
+
+Source: UniGRPO, https://arxiv.org/abs/2603.23500, Table 3. Where the paper is silent the docstring
+says so and gives the reason for our default.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _off_paper(condition: bool, message: str) -> None:
+    if condition:
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How rollouts are drawn, in training and in evaluation."""
+
+    group_size: int = 24
+    """G, rollouts per prompt (paper: 24). At least 2: the advantage is relative to the group."""
+    plan: tuple[Literal["text", "image"], ...] = ("text", "image")
+    """Sampled segments in order; two rounds are ``[text, image, text, image]``."""
+    max_text_tokens: int = 1024
+    """Length limit of one reasoning text, stop token included (paper: not stated; UniRL: 1024)."""
+    temperature: float = 1.0
+    """Softmax temperature of training rollouts (paper: 1; no top-k or top-p)."""
+    num_timesteps: int = 25
+    """Time points of a training rollout (paper: 25)."""
+    schedule: Literal["points", "steps"] = "points"
+    """``points``: N points are N-1 network calls (Bagel); ``steps``: N calls (diffusers)."""
+    shift: float = 3.0
+    """Timestep shift (paper: 3)."""
+    sde: Literal["flow", "dance", "cps"] = "flow"
+    """The stochastic step inside the window (paper: Flow-SDE)."""
+    eta: float = 0.8
+    """Noise level of the stochastic step (paper: 0.8); at most 1 with ``cps``."""
+    window_size: int = 3
+    """SDE steps per image (paper: 3)."""
+    window_range: tuple[int, int] = (0, 5)
+    """Half-open range of steps that holds the window (paper: [0, 5])."""
+    window_mode: Literal["random", "fixed", "sliding"] = "random"
+    """Where the window lies inside the range, the same for a whole group (paper: not stated)."""
+    eval_num_timesteps: int = 50
+    """Time points of evaluation, always ODE (paper: 50)."""
+    eval_temperature: float = 0.0
+    """Temperature of evaluation text; 0 = greedy."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of *evaluation* only; 1 = off. Training never uses guidance."""
+    rows_per_chunk: int | None = None
+    """Rollouts drawn together; ``None`` = all of a rank. Lower it when memory runs out."""
+    seed: int | None = None
+    """Keys every random draw together with iteration, prompt, member, round and phase; ``None`` = the
+    seed of ``seed_everything``, else 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be sampled."""
+        _require(
+            self.group_size >= 2,
+            f"sampling.group_size is {self.group_size}; it must be at least 2: a group of one has no "
+            "relative advantage, so nothing would be learned.",
+        )
+        _require(
+            len(self.plan) > 0 and set(self.plan) <= {"text", "image"},
+            f"sampling.plan is {self.plan}; give one or more of 'text' and 'image'.",
+        )
+        for name in ("max_text_tokens", "window_size"):
+            _require(
+                getattr(self, name) >= 1,
+                f"sampling.{name} is {getattr(self, name)}; it must be 1 or more.",
+            )
+        for name in ("temperature", "shift", "eta"):
+            _require(
+                getattr(self, name) > 0,
+                f"sampling.{name} is {getattr(self, name)}; it must be positive.",
+            )
+        _require(
+            self.sde != "cps" or self.eta <= 1,
+            f"sampling.eta is {self.eta} with sampling.sde 'cps', where the noise is "
+            "sigma * sin(eta * pi / 2): lower sampling.eta to 1 or less, or choose sampling.sde 'flow'.",
+        )
+        for name in ("num_timesteps", "eval_num_timesteps"):
+            _require(
+                num_steps(getattr(self, name), self.schedule) >= 1,
+                f"sampling.{name} is {getattr(self, name)}, which leaves no step with "
+                f"sampling.schedule '{self.schedule}'; raise sampling.{name}.",
+            )
+        if "image" in self.plan:
+            self._check_window()
+        _require(
+            self.rows_per_chunk is None or self.rows_per_chunk >= 1,
+            f"sampling.rows_per_chunk is {self.rows_per_chunk}; give 1 or more, or leave it out.",
+        )
+
+    def _check_window(self) -> None:
+        low, high = self.window_range
+        usable = num_steps(self.num_timesteps, self.schedule) - 1
+        _require(
+            0 <= low and low + self.window_size <= min(high, usable),
+            f"sampling.window_size {self.window_size} does not fit into sampling.window_range "
+            f"[{low}, {high}) of a schedule with {usable + 1} steps, whose last step is never "
+            f"stochastic: the window must lie in [0, {usable}). Change sampling.window_size, "
+            "sampling.window_range or sampling.num_timesteps.",
+        )
+
+
+def num_steps(num_timesteps: int, schedule: Literal["points", "steps"]) -> int:
+    """Return the number of network calls of a schedule.
+
+    Example:
+        >>> num_steps(25, "points"), num_steps(25, "steps")
+        (24, 25)
+    """
+    return num_timesteps - 1 if schedule == "points" else num_timesteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    r"""What is maximised: J = J_text + λ J_flow − γ MSE(v_θ, v_ref)."""
+
+    text_weight: float = 1.0
+    """Weight of J_text (paper: 1); 0 trains images only."""
+    text_clip_low: float = 0.2
+    """Lower clip of the per-token ratio (paper: not stated; PPO's usual value)."""
+    text_clip_high: float = 0.2
+    """Upper clip of the per-token ratio (paper: not stated; PPO's usual value)."""
+    text_aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    """Mean over a chain, then over chains (paper, Eq. 2); over all tokens (DAPO); by a constant (Dr.GRPO)."""
+    text_constant_length: int | None = None
+    """Divisor of ``constant``; ``None`` = ``sampling.max_text_tokens``."""
+    flow_weight: float = 1.0
+    """λ (paper: 1); 0 trains text only."""
+    flow_clip_low: float = 1e-6
+    """Lower clip of the flow ratio (paper: 1e-6, at 1024 px: 262,144 latent numbers)."""
+    flow_clip_high: float = 1e-6
+    """Upper clip of the flow ratio (paper: 1e-6)."""
+    clip_reference_size: int | None = None
+    """Latent numbers D_ref the flow clips were chosen for: they are rescaled by sqrt(D_ref / D). None = as given."""
+    ratio_norm: bool = True
+    """RatioNorm (paper, Eq. 5) instead of the plain ratio."""
+    inverse_step_weight: bool = False
+    """Multiply each step's flow loss by 1/dt (GRPO-Guard; paper: not stated). It changes what γ means."""
+    mse_weight: float = 1.5e-5
+    """γ (paper: 1.5e-5, on a squared norm; see ``mse_reduction``)."""
+    mse_reduction: Literal["mean", "sum"] = "mean"
+    """Of the velocity error over the latent. At D numbers, ``sum`` with γ equals ``mean`` with γ·D."""
+    latent_kl_weight: float = 0.0
+    """Weight of the exact Gaussian KL of the transitions (FlowGRPO's regulariser; paper: 0)."""
+    text_kl_weight: float = 0.0
+    """Weight of the k3 estimate of the text KL (paper: 0)."""
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Divide by the standard deviation of the group (paper), of the batch, or not (Dr.GRPO)."""
+    advantage_eps: float = 1e-4
+    """Added to the standard deviation, unit of the reward (paper: not stated)."""
+    advantage_clamp: float = 5.0
+    """Largest absolute advantage (paper: not stated; Flow-GRPO: 5)."""
+    combine_rewards: Literal["sum", "gdpo"] = "sum"
+    """Weighted sum, then group normalisation; or each reward normalised first (GDPO)."""
+    truncation_reward: float | None = 0.0
+    """Reward of a rollout whose text hit the length limit; ``None`` = as scored. Without the rule the stop token drifts away."""
+    old_log_prob: Literal["auto", "rollout", "recompute"] = "auto"
+    """Old policy terms: as sampled, or recomputed by the training path; ``auto`` = as sampled in float32."""
+
+    def __post_init__(self) -> None:
+        """Refuse bounds and weights without meaning, and warn off the paper."""
+        for name in ("text_clip_low", "flow_clip_low"):
+            _require(
+                0 <= getattr(self, name) < 1,
+                f"objective.{name} is {getattr(self, name)}; a ratio is positive, so give 0 <= clip < 1.",
+            )
+        for name in (
+            "text_clip_high",
+            "flow_clip_high",
+            "text_weight",
+            "flow_weight",
+            "mse_weight",
+            "latent_kl_weight",
+            "text_kl_weight",
+        ):
+            _require(
+                getattr(self, name) >= 0,
+                f"objective.{name} is {getattr(self, name)}; it must not be negative.",
+            )
+        _require(
+            self.text_weight > 0 or self.flow_weight > 0,
+            "objective.text_weight and objective.flow_weight are both 0: nothing would be learned.",
+        )
+        _off_paper(
+            self.mse_weight > 0 and self.latent_kl_weight > 0,
+            "objective.mse_weight and objective.latent_kl_weight are both on; the paper replaces the "
+            "latent KL by the velocity MSE.",
+        )
+
+    @property
+    def needs_ref_velocity(self) -> bool:
+        """Whether an image regulariser compares with the reference policy."""
+        return self.mse_weight > 0 or self.latent_kl_weight > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any term compares with the reference policy."""
+        return self.needs_ref_velocity or self.text_kl_weight > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """How the objective is climbed: AdamW, one optimizer, two parameter groups, no weight decay."""
+
+    text_lr: float = 1e-6
+    """Learning rate of the reasoning expert (paper: 1e-6); 0 freezes it."""
+    flow_lr: float = 3e-5
+    """Learning rate of the denoising expert (paper: 3e-5); 0 freezes it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments (paper: not stated)."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up (paper: not stated)."""
+    max_grad_norm: float | None = 1.0
+    """Largest gradient norm of each parameter group (paper: not stated); ``None`` = no clipping."""
+    ppo_epochs: int = 2
+    """Passes over each collection (paper: 2)."""
+    updates_per_rollout: int = 1
+    """Disjoint parts of a collection, one optimizer step each, in every pass."""
+    micro_batch_size: int | None = None
+    """Trajectories per forward and backward; ``None`` = all of an update. Never changes the result."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name in ("text_lr", "flow_lr", "warmup_steps"):
+            _require(
+                getattr(self, name) >= 0,
+                f"optim.{name} is {getattr(self, name)}; it must not be negative.",
+            )
+        _require(
+            self.text_lr > 0 or self.flow_lr > 0,
+            "optim.text_lr and optim.flow_lr are both 0: nothing would be learned.",
+        )
+        for name in ("ppo_epochs", "updates_per_rollout"):
+            _require(
+                getattr(self, name) >= 1,
+                f"optim.{name} is {getattr(self, name)}; it must be 1 or more.",
+            )
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 1,
+            f"optim.micro_batch_size is {self.micro_batch_size}; give 1 or more, or leave it out.",
+        )
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"optim.max_grad_norm is {self.max_grad_norm}; give a positive norm or null.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Bounds of the on-policy check; ``None`` = by compute dtype, from measurements.
+
+    Quantities, not ratios: at 262,144 latent numbers even a random velocity leaves the averaged ratio
+    within 5e-5 of 1.
+    """
+
+    velocity: float | None = None
+    """Largest ``||v_train - v_rollout|| / ||v_rollout||`` of a window step."""
+    log_prob: float | None = None
+    """Largest ``|log p_train - log p_rollout|`` of a token, nats."""
+    residual: float | None = None
+    """Largest ``rms(x_next - mean_train - std * noise) / std`` of a transition."""
+    action: Literal["raise", "warn", "off"] = "raise"
+    """What happens beyond a bound: stop the run, warn, or do not even measure."""

@@ -1,0 +1,434 @@
+"""UniGRPO as a LightningModule: one training step is one iteration of reinforcement learning.
+
+Manual optimization, so that the step reads like the algorithm and checkpoints fall between
+iterations. In consequence Lightning's ``gradient_clip_val`` and ``accumulate_grad_batches`` are
+replaced by ``optim.max_grad_norm`` and ``optim.micro_batch_size``, and ``trainer.global_step`` counts
+optimizer steps (``ppo_epochs * updates_per_rollout`` per iteration).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from lightning_unigrpo import distributed
+from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
+from lightning_unigrpo.callbacks.grouping import RolloutGrouping, penalise_truncation
+from lightning_unigrpo.callbacks.reference import ReferenceVelocity
+from lightning_unigrpo.callbacks.rewards import RewardLogger
+from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
+from lightning_unigrpo.data import PromptDataModule
+from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
+from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
+from lightning_unigrpo.reward import RewardRunner, combine, reward_names
+from lightning_unigrpo.rollout import Start, rollout
+from lightning_unigrpo.types import (
+    Defaults,
+    ImageSegment,
+    Prompt,
+    Scores,
+    TextSegment,
+    TokenImageSegment,
+    Trajectory,
+    sampled,
+)
+
+
+class UniGRPOModule(LightningModule):
+    """Train a unified model to think before it draws.
+
+    ``J = J_text + λ J_flow − γ MSE(v_θ, v_ref)``, one terminal reward, group-relative advantages for
+    both halves.
+
+    Source: UniGRPO, https://arxiv.org/abs/2603.23500.
+
+    Args:
+        adapter: the backbone.
+        rewards: callables of the reward protocol (:mod:`lightning_unigrpo.reward`); ``None`` takes the
+            adapter's own.
+        prompts: training prompts when ``fit`` is given no datamodule; ``None`` takes the adapter's own.
+        sampling: how rollouts are drawn; ``None`` takes the adapter's defaults, else the paper's.
+        objective: what is maximised; likewise.
+        optim: how; likewise.
+        guard: bounds of the on-policy check.
+    """
+
+    automatic_optimization: bool
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        rewards: list[Callable[..., Any]] | None = None,
+        prompts: list[Prompt] | None = None,
+        sampling: Sampling | None = None,
+        objective: Objective | None = None,
+        optim: Optim | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.adapter = adapter
+        defaults = adapter.defaults()
+        self.sampling = _seeded(sampling or (defaults and defaults.sampling) or Sampling())
+        self.objective = objective or (defaults and defaults.objective) or Objective()
+        self.optim = optim or (defaults and defaults.optim) or Optim()
+        self.guard = guard or Guard()
+        self.iteration = 0
+        self._rewards = self._choose_rewards(rewards, defaults)
+        self._prompts = prompts
+        self._guarded = True  # nothing sampled yet that could be compared
+        names = ["reward", *(f"reward/{n}" for n in reward_names(self._rewards)), "stopped", "text_length"]
+        self.evaluation = nn.ModuleDict(
+            {f"{stage}/{name}": MeanMetric(nan_strategy="ignore") for stage in ("val", "test") for name in names}
+        )
+        self._refuse_dropout()
+
+    def _choose_rewards(
+        self, rewards: Sequence[Callable[..., Any]] | None, defaults: Defaults | None
+    ) -> list[Callable[..., Any]]:
+        if rewards:
+            return list(rewards)
+        if defaults is not None:
+            return list(defaults.rewards)
+        raise ValueError(
+            f"{type(self.adapter).__name__} brings no reward of its own: pass rewards=[...] "
+            "(YAML: model.rewards), each a callable such as "
+            "`def reward(images, prompts, **columns): return [...]`."
+        )
+
+    def _refuse_dropout(self) -> None:
+        for name, child in self.adapter.net.named_modules():
+            if isinstance(child, nn.Dropout) and child.p > 0:
+                raise ValueError(
+                    f"adapter.net.{name} drops out with p={child.p}: rollout and training would be two "
+                    "policies. Build the backbone (and its LoRA) with dropout 0."
+                )
+
+    # ---- set-up
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Offer the three callbacks unless the user passed their own."""
+        own: list[Callback] = [RolloutGrouping(), ReferenceVelocity(), RewardLogger()]
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in own if not any(isinstance(user, type(c)) for user in given)]
+
+    @override
+    def configure_model(self) -> None:
+        """Freeze what will not be trained, before a strategy or an optimizer looks at it."""
+        self.adapter.materialize()
+        for name, parameters in self.adapter.param_groups().items():
+            if self._learning_rate(name) == 0:
+                for parameter in parameters:
+                    parameter.requires_grad_(False)
+
+    @override
+    def setup(self, stage: str) -> None:
+        for module in self.adapter.frozen_modules():
+            module.to(self.device).eval().requires_grad_(False)
+
+    def _learning_rate(self, group: str) -> float:
+        return self.optim.text_lr if group == "text" else self.optim.flow_lr
+
+    def _trainable(self) -> dict[str, list[nn.Parameter]]:
+        groups = self.adapter.param_groups()
+        live = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+        return {name: parameters for name, parameters in live.items() if parameters}
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": parameters, "lr": self._learning_rate(name), "name": name}
+                for name, parameters in self._trainable().items()
+            ],
+            betas=self.optim.betas,
+            weight_decay=0.0,  # a decayed expert would drift without a reward ever asking for it
+        )
+        ramp = max(1, self.optim.warmup_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / ramp))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    # ---- one iteration
+
+    @override
+    def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        """Collect, then climb: the whole algorithm."""
+        experience = self.collect(batch)
+        self.recompute_old(experience)
+        for minibatch in self.minibatches(experience):
+            self.update(minibatch, experience)
+        self._log(experience)
+        self.iteration += 1
+
+    def collect(self, prompts: Sequence[Prompt]) -> Experience:
+        """Draw this rank's rollouts, score them, and turn rewards into advantages."""
+        grouping = next(c for c in self._callbacks() if isinstance(c, RolloutGrouping))
+        starts = grouping.assign(
+            prompts,
+            self.sampling.group_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self.adapter.eval()
+        experience = self._experience(starts, evaluate=False)
+        self._call("on_rollout_end", experience)
+        self.adapter.train()
+        self._call("on_rewards", experience)
+        self._call("on_experience", experience)
+        self._guarded = self.guard.action == "off"
+        return experience
+
+    def _experience(self, starts: Sequence[Start], *, evaluate: bool) -> Experience:
+        trajectories: list[Trajectory] = []
+        with RewardRunner(self._rewards) as runner:
+            for chunk in rollout(
+                self.adapter,
+                starts,
+                self.sampling,
+                iteration=self.iteration,
+                evaluate=evaluate,
+                progress=self.progress,
+            ):
+                trajectories += chunk
+                self.progress("reward", len(trajectories), len(starts))
+                runner.submit(chunk)
+            matrix, details = runner.finish()
+        for trajectory, row in zip(trajectories, matrix.tolist(), strict=True):
+            trajectory.rewards = dict(zip(runner.names, row, strict=True))
+        return Experience(
+            trajectories=trajectories,
+            iteration=self.iteration,
+            rewards=matrix.to(self.device),
+            reward_names=tuple(runner.names),
+            reward_weights=runner.weights.to(self.device),
+            details=details,
+        )
+
+    @torch.no_grad()
+    def recompute_old(self, experience: Experience) -> None:
+        """Replace the rollout's policy terms by the training path's, when precision asks for it.
+
+        Cached decoding in bf16 is a slightly different policy from the packed pass. The old values then
+        come from the packed pass, ``noise = (x_next - mean_old) / std``, and the mismatch is still
+        measured.
+        """
+        choice = self.objective.old_log_prob
+        if choice == "rollout" or (choice == "auto" and self._is_exact()):
+            return
+        mismatches = []
+        for batch in self.micro_batches(experience.trajectories):
+            scores = self.adapter(batch)
+            mismatches.append(Mismatch.measure(scores, batch, self.sampling))
+            self._adopt(scores, batch)
+        self._check(mismatches, experience)
+
+    def _adopt(self, scores: Scores, trajectories: Sequence[Trajectory]) -> None:
+        text, codes = iter(scores.text), iter(scores.image_tokens)
+        for _, segment in sampled(trajectories):
+            if isinstance(segment, TextSegment):
+                segment.log_prob = next(text)
+            elif isinstance(segment, TokenImageSegment):
+                segment.log_prob = next(codes)
+        for images, velocity in by_shape(trajectories, scores.velocity):
+            steps = Transitions.stack(images)
+            mean, std = steps.moments(velocity, self.sampling)
+            noise = (steps.x_next - mean) / std
+            for image, v, e in zip(images, velocity, noise, strict=True):
+                image.velocity, image.noise = v, e
+
+    def minibatches(self, experience: Experience) -> Iterator[list[Trajectory]]:
+        """Yield the parts of a collection that make one optimizer step each.
+
+        ``ppo_epochs`` passes over ``updates_per_rollout`` disjoint parts, shuffled by (seed, iteration,
+        pass). Ranks hold equally many trajectories, so they make equally many steps.
+        """
+        trajectories, parts = experience.trajectories, self.optim.updates_per_rollout
+        if parts > len(trajectories):
+            raise ValueError(
+                f"model.optim.updates_per_rollout is {parts}, but a rank draws only "
+                f"{len(trajectories)} trajectories; lower it, or raise data.prompts_per_iteration."
+            )
+        for epoch in range(self.optim.ppo_epochs):
+            key = (self.sampling.seed or 0, experience.iteration, epoch)
+            order = np.random.default_rng(key).permutation(len(trajectories))
+            for part in np.array_split(order, parts):
+                yield [trajectories[i] for i in sorted(part)]
+
+    def micro_batches(self, trajectories: list[Trajectory]) -> Iterator[list[Trajectory]]:
+        """Cut trajectories into forwards of at most ``optim.micro_batch_size``."""
+        size = self.optim.micro_batch_size or len(trajectories)
+        for first in range(0, len(trajectories), size):
+            yield trajectories[first : first + size]
+
+    def num_micro_batches(self, trajectories: list[Trajectory]) -> int:
+        """Return how many forwards :meth:`micro_batches` makes of them."""
+        return -(-len(trajectories) // (self.optim.micro_batch_size or len(trajectories)))
+
+    def update(self, minibatch: list[Trajectory], experience: Experience) -> None:
+        """Make one optimizer step on a part of the experience."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        counts = self._global(count(minibatch))
+        steps = slice(None) if self._needs_velocity() else slice(0, 0)
+        metrics, mismatches = Metrics.empty(), []
+        optimizer.zero_grad(set_to_none=True)
+        for done, batch in enumerate(self.micro_batches(minibatch)):
+            scores = self.adapter(batch, steps)
+            if not self._guarded:
+                mismatches.append(Mismatch.measure(scores, batch, self.sampling))
+            loss, found = trajectory_loss(
+                scores,
+                batch,
+                objective=self.objective,
+                sampling=self.sampling,
+                counts=counts,
+            )
+            # Data-parallel strategies average gradients over ranks; our counts are already global.
+            self.manual_backward(loss * distributed.world_size())
+            metrics.add(found)
+            self.progress("update", done + 1, self.num_micro_batches(minibatch))
+        self._check(mismatches, experience)
+        norms = distributed.clip_grad_norms(self._trainable(), self.optim.max_grad_norm)
+        optimizer.step()
+        cast(Any, self.lr_schedulers()).step()
+        experience.metrics |= distributed.reduce_named(metrics.sums, metrics.maxima)
+        experience.metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+
+    def _needs_velocity(self) -> bool:
+        return self.objective.flow_weight > 0 or self.objective.needs_ref_velocity
+
+    def _global(self, counts: Counts) -> Counts:
+        return Counts(*distributed.reduce_sum(torch.tensor(counts, device=self.device)).tolist())
+
+    def _check(self, mismatches: Sequence[Mismatch], experience: Experience) -> None:
+        """Log the guard's figures, and stop before the optimizer follows another policy."""
+        if self._guarded:
+            return
+        self._guarded = True
+        figures = distributed.reduce_named({}, Mismatch.largest(mismatches).named())
+        experience.metrics |= figures
+        problem = beyond_bounds(figures, self.guard, exact=self._is_exact())
+        if problem and self.guard.action == "raise":
+            raise OnPolicyError(problem)
+        if problem:
+            warnings.warn(problem, stacklevel=2)
+
+    def _is_exact(self) -> bool:
+        """Whether the run computes in float32 or better."""
+        return str(self.trainer.precision) in {"32-true", "64-true"}
+
+    # ---- evaluation
+
+    @override
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> Experience:
+        return self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: list[Prompt], batch_idx: int) -> Experience:
+        return self._evaluate(batch, "test")
+
+    def _evaluate(self, prompts: Sequence[Prompt], stage: str) -> Experience:
+        """Draw one trajectory per prompt (greedy text, ODE, guidance if asked for) and score it."""
+        starts = [Start(prompt, prompt.id, 0) for prompt in prompts]
+        experience = self._experience(starts, evaluate=True)
+        for name, values in evaluation_values(experience, self.objective).items():
+            metric = cast(MeanMetric, self.evaluation[f"{stage}/{name}"])
+            metric.update(values)
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(prompts))
+        return experience
+
+    @override
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[Trajectory]:
+        """Return one trajectory per prompt, unscored: a user's prompt has no label."""
+        starts = [Start(prompt, prompt.id, 0) for prompt in batch]
+        chunks = rollout(self.adapter, starts, self.sampling, evaluate=True, progress=self.progress)
+        return [trajectory for chunk in chunks for trajectory in chunk]
+
+    # ---- prompts, when the user brings no datamodule
+
+    @override
+    def train_dataloader(self) -> DataLoader[Prompt]:
+        return self._own_data("fit").train_dataloader()
+
+    @override
+    def val_dataloader(self) -> DataLoader[Prompt]:
+        return self._own_data("validate").val_dataloader()
+
+    @override
+    def test_dataloader(self) -> DataLoader[Prompt]:
+        return self._own_data("test").test_dataloader()
+
+    def _own_data(self, stage: str) -> PromptDataModule:
+        data = PromptDataModule(train=self._prompts)
+        data.trainer = self.trainer
+        data.setup(stage)
+        return data
+
+    # ---- what callbacks and checkpoints are told
+
+    def _callbacks(self) -> list[UniGRPOCallback]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if isinstance(c, UniGRPOCallback)]
+
+    def _call(self, hook: str, experience: Experience) -> None:
+        for callback in self._callbacks():
+            getattr(callback, hook)(self.trainer, self, experience)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Tell whoever displays it how far a phase of the collection is."""
+        for callback in self._callbacks():
+            callback.on_phase(self.trainer, self, phase, done, total)
+
+    def _log(self, experience: Experience) -> None:
+        values = {"iteration": float(self.iteration), **experience.metrics}
+        self.log_dict(
+            {key: value for key, value in values.items() if key != "reward"},
+            on_step=True,
+            on_epoch=False,
+        )
+        self.log("reward", values["reward"], on_step=True, on_epoch=False, prog_bar=True)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["iteration"] = self.iteration
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.iteration = checkpoint.get("iteration", 0)
+
+
+def _seeded(sampling: Sampling) -> Sampling:
+    """Fill an open seed with that of ``seed_everything``, so that one number reproduces a run."""
+    if sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))
+
+
+def evaluation_values(experience: Experience, objective: Objective) -> dict[str, Tensor]:
+    """Return ``[n]`` values per trajectory under their names in the logs; NaN = not scorable."""
+    rewards = penalise_truncation(experience, objective.truncation_reward)
+    trajectories = experience.trajectories
+    columns = zip(experience.reward_names, rewards.unbind(1), strict=True)
+    lengths = [
+        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
+        for t in trajectories
+    ]
+    return {
+        "reward": combine(rewards, experience.reward_weights),
+        **{f"reward/{name}": column for name, column in columns},
+        "stopped": torch.tensor([float(t.stopped) for t in trajectories]),
+        "text_length": torch.tensor(lengths, dtype=torch.float32),
+    }

@@ -1,0 +1,481 @@
+"""Draw trajectories: tokens, then an image, then whatever the plan says next.
+
+Everything random is drawn before it is needed, on the CPU, from a key (seed, iteration, prompt,
+member, place in the plan, phase). So the placement of a group on ranks, the composition of a batch,
+the device and a resume do not change what is drawn, and checkpoints hold no generator state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
+from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.flow import draw_window, ode_step, sde_step, sigma_schedule
+from lightning_unigrpo.types import (
+    Grid,
+    ImageSegment,
+    Prompt,
+    Segment,
+    TextSegment,
+    TokenImageSegment,
+    Trajectory,
+)
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called as ``progress(phase, done, total)`` while a rollout runs."""
+
+_TOKENS, _LATENT, _WINDOW = range(3)
+
+
+class Start(NamedTuple):
+    """Where one trajectory begins."""
+
+    prompt: Prompt
+    group: int
+    member: int
+
+
+class Draws:
+    """The random numbers of one collection, each a pure function of its key."""
+
+    def __init__(self, seed: int, iteration: int) -> None:
+        self.key = (seed, iteration)
+
+    def _generator(self, start: Start, place: int, phase: int) -> np.random.Generator:
+        key = (*self.key, start.prompt.id, start.member, place, phase)
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+    def uniforms(self, starts: Sequence[Start], place: int, count: int) -> Tensor:
+        """Return ``[B, count]`` float64 in [0, 1), one per token that may be drawn."""
+        rows = [self._generator(start, place, _TOKENS).random(count) for start in starts]
+        return torch.from_numpy(np.stack(rows))
+
+    def normals(
+        self, starts: Sequence[Start], place: int, phase: int, shape: tuple[int, ...]
+    ) -> Tensor:
+        """Return ``[B, *shape]`` float32 standard normals."""
+        rows = [
+            self._generator(start, place, phase).standard_normal(shape, dtype=np.float32)
+            for start in starts
+        ]
+        return torch.from_numpy(np.stack(rows))
+
+
+def draw_tokens(
+    logits: Tensor, uniforms: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Draw tokens by inverting the cumulative distribution at given uniforms.
+
+    ``token = min {i : sum_{j<=i} softmax(logits / temperature)_j > u}``
+
+    Args:
+        logits: ``[*, V]``.
+        uniforms: ``[*]`` in [0, 1); ``None`` takes the most probable token.
+        temperature: > 0, of the distribution that is drawn from and scored.
+
+    Returns:
+        Tokens ``[*]`` int64 and their log-probabilities ``[*]`` float32, nats.
+
+    Example:
+        >>> logits = torch.tensor([[0.25, 0.75]]).log()
+        >>> draw_tokens(logits, torch.tensor([0.2]), 1.0)[0], draw_tokens(logits, torch.tensor([0.3]), 1.0)[0]
+        (tensor([0]), tensor([1]))
+    """
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        # float64: a float32 cumulative sum over 150,000 tokens would lose the rare ones.
+        cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+        target = (uniforms.to(cdf) * cdf[..., -1]).unsqueeze(-1)
+        tokens = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+        tokens = tokens.clamp_max(logits.shape[-1] - 1)
+    return tokens, token_log_probs(logits, tokens, temperature=temperature)[0]
+
+
+def sample_text(
+    adapter: Adapter,
+    cache: Cache,
+    uniforms: Tensor | None,
+    *,
+    max_tokens: int,
+    temperature: float,
+    progress: Progress | None = None,
+) -> list[TextSegment]:
+    """Decode one text in every row until its stop token or the length limit.
+
+    Args:
+        adapter: the policy.
+        cache: of B rows; afterwards it holds the texts but for their last token.
+        uniforms: ``[B, max_tokens]`` in [0, 1); ``None`` decodes greedily.
+        max_tokens: length limit, stop token included.
+        temperature: of the draws, > 0.
+        progress: told the number of tokens decoded so far.
+
+    Returns:
+        B sampled segments.
+    """
+    active = torch.ones(len(cache), dtype=torch.bool)
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    lengths = torch.zeros(len(cache), dtype=torch.long)
+    logits = adapter.next_logits(cache, None, active)
+    active, lengths = active.to(logits.device), lengths.to(logits.device)
+    for i in range(max_tokens):
+        u = None if uniforms is None else uniforms[:, i].to(logits.device)
+        token, log_prob = draw_tokens(logits, u, temperature)
+        tokens.append(token)
+        log_probs.append(log_prob)
+        lengths += active
+        active = active & (token != adapter.stop_token)
+        if progress is not None:
+            progress("text", i + 1, max_tokens)
+        if i + 1 == max_tokens or not bool(active.any()):
+            break
+        logits = adapter.next_logits(cache, token, active)
+    table, scores = torch.stack(tokens, 1), torch.stack(log_probs, 1)  # [B, L]
+    return [
+        TextSegment(
+            tokens=table[b, :length],
+            log_prob=scores[b, :length],
+            stopped=not running,
+            temperature=temperature,
+        )
+        for b, (length, running) in enumerate(zip(lengths.tolist(), active.tolist(), strict=True))
+    ]
+
+
+def sample_image(
+    adapter: Adapter,
+    cache: Cache,
+    noise: Tensor,
+    sigmas: Tensor,
+    grid: Grid,
+    *,
+    windows: Sequence[range] | None = None,
+    window_noise: Tensor | None = None,
+    sampling: Sampling,
+    unconditional: Cache | None = None,
+    progress: Progress | None = None,
+) -> list[ImageSegment]:
+    """Integrate dx = v dsigma from noise to data: ODE steps, and SDE steps inside each row's window.
+
+    Args:
+        adapter: the policy.
+        cache: of B rows, left as it was.
+        noise: ``[B, N, C]`` float32, x at sigma 1.
+        sigmas: ``[T+1]`` float32, descending from 1 to 0.
+        grid: ``(h, w)`` of all rows.
+        windows: B ranges of equal length K; ``None`` = ODE throughout (evaluation).
+        window_noise: ``[B, K, N, C]`` float32 for the SDE steps.
+        sampling: kind and eta of the SDE, guidance scale.
+        unconditional: a second cache for guided evaluation; ``None`` = no guidance.
+        progress: told the number of denoising steps done.
+
+    Returns:
+        B segments, with the window's states when ``windows`` is given.
+    """
+    x, num = noise, len(sigmas) - 1
+    record = _Window(windows, x) if windows is not None else None
+    for i in range(num):
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
+        velocity = adapter.velocity(cache, x, sigma.expand(len(x)), grid)
+        if unconditional is not None:
+            base = adapter.velocity(unconditional, x, sigma.expand(len(x)), grid)
+            velocity = base + sampling.guidance_scale * (velocity - base)
+        x_next = ode_step(velocity, x, sigma, sigma_next)
+        if record is not None and window_noise is not None and record.covers(i):
+            rows, k = record.rows(i)
+            x_next[rows] = sde_step(
+                velocity[rows],
+                x[rows],
+                sigma,
+                sigma_next,
+                window_noise[rows, k],
+                eta=sampling.eta,
+                kind=sampling.sde,
+                first=i == 0,
+            )
+            record.write(rows, k, x, velocity, x_next)
+        x = x_next
+        if progress is not None:
+            progress("denoise", i + 1, num)
+    if record is None or window_noise is None:
+        return [ImageSegment(latent=row, grid=grid) for row in x]
+    return record.segments(x, sigmas, window_noise, grid)
+
+
+class _Window:
+    """States and velocities of the SDE steps, row by row."""
+
+    def __init__(self, windows: Sequence[range], x: Tensor) -> None:
+        self.starts = torch.tensor([window.start for window in windows])
+        self.size = len(windows[0])
+        self.steps = {i for window in windows for i in window}
+        shape = (len(x), self.size + 1, *x.shape[1:])
+        self.states, self.velocity = x.new_empty(shape), x.new_empty(shape)[:, 1:]
+
+    def covers(self, step: int) -> bool:
+        return step in self.steps
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+        offset = step - self.starts
+        rows = ((offset >= 0) & (offset < self.size)).nonzero().squeeze(1)
+        return rows, offset[rows]
+
+    def write(self, rows: Tensor, k: Tensor, x: Tensor, velocity: Tensor, x_next: Tensor) -> None:
+        self.states[rows, k] = x[rows]
+        self.velocity[rows, k] = velocity[rows]
+        self.states[rows, k + 1] = x_next[rows]
+
+    def segments(
+        self, x: Tensor, sigmas: Tensor, noise: Tensor, grid: Grid
+    ) -> list[ImageSegment]:
+        return [
+            ImageSegment(
+                latent=x[b],
+                grid=grid,
+                start=start,
+                states=self.states[b],
+                sigmas=sigmas[start : start + self.size + 1],
+                noise=noise[b],
+                velocity=self.velocity[b],
+            )
+            for b, start in enumerate(self.starts.tolist())
+        ]
+
+
+def sample_image_tokens(
+    adapter: Adapter,
+    cache: Cache,
+    uniforms: Tensor,
+    grid: Grid,
+    *,
+    temperature: float,
+    progress: Progress | None = None,
+) -> list[TokenImageSegment]:
+    """Reveal the codes of one discrete image in every row, the most confident candidates first.
+
+    Args:
+        adapter: the policy; it says which positions may be filled at each step and how many.
+        cache: of B rows.
+        uniforms: ``[B, N]`` in [0, 1), one per position; position p uses the same number in every
+            step in which it is a candidate.
+        grid: ``(h, w)`` of all rows, ``h * w = N``.
+        temperature: of the draws, > 0.
+        progress: told the number of codes revealed.
+
+    Returns:
+        B sampled segments.
+    """
+    num_rows, num = uniforms.shape
+    tokens = torch.full((num_rows, num), -1, dtype=torch.long, device=uniforms.device)
+    step_of, log_prob = torch.zeros_like(tokens), torch.zeros(num_rows, num, device=tokens.device)
+    step = revealed = 0
+    while revealed < num:
+        logits, positions, keep = adapter.next_image_logits(cache, tokens, step, grid)
+        candidate, score = draw_tokens(logits, uniforms.gather(1, positions), temperature)
+        kept = score.topk(keep, dim=1).indices
+        where = positions.gather(1, kept)
+        tokens = tokens.scatter(1, where, candidate.gather(1, kept))
+        log_prob = log_prob.scatter(1, where, score.gather(1, kept))
+        step_of = step_of.scatter(1, where, step)
+        step, revealed = step + 1, revealed + keep
+        if progress is not None:
+            progress("image tokens", revealed, num)
+    return [
+        TokenImageSegment(
+            tokens=tokens[b],
+            grid=grid,
+            step=step_of[b],
+            log_prob=log_prob[b],
+            temperature=temperature,
+        )
+        for b in range(num_rows)
+    ]
+
+
+@torch.no_grad()
+def rollout(
+    adapter: Adapter,
+    starts: Sequence[Start],
+    sampling: Sampling,
+    *,
+    iteration: int = 0,
+    evaluate: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[list[Trajectory]]:
+    """Yield finished trajectories, chunk by chunk, in the order of ``starts``.
+
+    A prompt that several consecutive starts share is read once and its cache expanded.
+
+    Args:
+        adapter: the policy, in eval mode.
+        starts: prompt, group and member of each trajectory.
+        sampling: the plan and its settings.
+        iteration: part of the key of every draw.
+        evaluate: greedy text (or ``sampling.eval_temperature``), ODE with
+            ``sampling.eval_num_timesteps``, guidance if asked for, and no window.
+        progress: told what is being drawn and how far it is.
+
+    Yields:
+        Lists of at most ``sampling.rows_per_chunk`` trajectories with decoded images and texts.
+    """
+    size = sampling.rows_per_chunk or len(starts)
+    for first in range(0, len(starts), size):
+        chunk = starts[first : first + size]
+        yield _Chunk(adapter, chunk, sampling, iteration, evaluate, progress).run()
+
+
+class _Chunk:
+    """Rows that are drawn together, and how far they are."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        starts: Sequence[Start],
+        sampling: Sampling,
+        iteration: int,
+        evaluate: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.adapter, self.starts, self.sampling = adapter, starts, sampling
+        self.iteration, self.evaluate, self.progress = iteration, evaluate, progress
+        self.seed = sampling.seed or 0
+        self.draws = Draws(self.seed, iteration)
+
+    def run(self) -> list[Trajectory]:
+        runs = [(p, len(list(run))) for p, run in groupby(s.prompt for s in self.starts)]
+        given = [self.adapter.tokenize(prompt) for prompt, _ in runs]
+        counts = [count for _, count in runs]
+        cache = self.adapter.prefill(given).expand(counts)
+        self.rows: list[list[Segment]] = [
+            list(segments) for segments, count in zip(given, counts, strict=True) for _ in range(count)
+        ]
+        self.device = next(self.adapter.net.parameters()).device
+        for place, kind in enumerate(self.sampling.plan):
+            is_last = place == len(self.sampling.plan) - 1
+            new = self._text(cache, place) if kind == "text" else self._image(cache, place, is_last)
+            for row, segment in zip(self.rows, new, strict=True):
+                row.append(segment)
+            if not is_last:
+                self.adapter.extend(cache, new)
+        return self._finish()
+
+    def _text(self, cache: Cache, place: int) -> Sequence[Segment]:
+        s = self.sampling
+        temperature = s.eval_temperature if self.evaluate else s.temperature
+        greedy = temperature == 0
+        return sample_text(
+            self.adapter,
+            cache,
+            None if greedy else self.draws.uniforms(self.starts, place, s.max_text_tokens),
+            max_tokens=s.max_text_tokens,
+            temperature=1.0 if greedy else temperature,
+            progress=self.progress,
+        )
+
+    def _image(self, cache: Cache, place: int, is_last: bool) -> Sequence[Segment]:
+        """Draw the images grid by grid: the rows of one network call share it."""
+        grids = [self.adapter.image_grid(start.prompt) for start in self.starts]
+        images: list[Segment | None] = [None] * len(grids)
+        for grid in dict.fromkeys(grids):
+            members = [b for b, g in enumerate(grids) if g == grid]
+            whole = len(members) == len(grids)
+            rows = cache if whole else cache.select(torch.tensor(members))
+            drawn = self._one_grid(rows, members, place, grid)
+            for b, image in zip(members, drawn, strict=True):
+                image.is_context = not is_last
+                looked_at = not is_last and isinstance(image, ImageSegment)
+                images[b] = self.adapter.look(cast(ImageSegment, image)) if looked_at else image
+        return cast(list[Segment], images)
+
+    def _one_grid(
+        self, cache: Cache, members: list[int], place: int, grid: Grid
+    ) -> Sequence[ImageSegment | TokenImageSegment]:
+        s, starts, num = self.sampling, [self.starts[b] for b in members], grid[0] * grid[1]
+        if self.adapter.image_policy == "tokens":
+            return sample_image_tokens(
+                self.adapter,
+                cache,
+                self.draws.uniforms(starts, place, num).to(self.device),
+                grid,
+                temperature=1.0 if self.evaluate else s.temperature,
+                progress=self.progress,
+            )
+        timesteps = s.eval_num_timesteps if self.evaluate else s.num_timesteps
+        sigmas = sigma_schedule(timesteps, shift=s.shift, convention=s.schedule).to(self.device)
+        shape = (num, self.adapter.latent_channels)
+        noise = self.draws.normals(starts, place, _LATENT, shape).to(self.device)
+        if self.evaluate:
+            guided = s.guidance_scale != 1
+            contexts = [self.rows[b] for b in members]
+            return sample_image(
+                self.adapter,
+                cache,
+                noise,
+                sigmas,
+                grid,
+                sampling=s,
+                unconditional=self.adapter.guidance(contexts) if guided else None,
+                progress=self.progress,
+            )
+        window_noise = self.draws.normals(starts, place, _WINDOW, (s.window_size, *shape))
+        return sample_image(
+            self.adapter,
+            cache,
+            noise,
+            sigmas,
+            grid,
+            windows=[self._window(start, len(sigmas) - 1) for start in starts],
+            window_noise=window_noise.to(self.device),
+            sampling=s,
+            progress=self.progress,
+        )
+
+    def _window(self, start: Start, num_steps: int) -> range:
+        s = self.sampling
+        return draw_window(
+            num_steps,
+            size=s.window_size,
+            low=s.window_range[0],
+            high=s.window_range[1],
+            mode=s.window_mode,
+            seed=self.seed,
+            step=self.iteration,
+            group=start.group,
+        )
+
+    def _finish(self) -> list[Trajectory]:
+        done = [
+            Trajectory(prompt=s.prompt, segments=row, group=s.group, member=s.member)
+            for s, row in zip(self.starts, self.rows, strict=True)
+        ]
+        for trajectory in done:
+            texts = [s for s in trajectory.segments if isinstance(s, TextSegment) and s.is_sampled]
+            trajectory.completion = "\n".join(self.adapter.detokenize(s.tokens) for s in texts)
+        if "image" in self.sampling.plan:
+            self._decode(done)
+        return done
+
+    def _decode(self, trajectories: list[Trajectory]) -> None:
+        last = [
+            next(s for s in reversed(t.segments) if not isinstance(s, TextSegment))
+            for t in trajectories
+        ]
+        for grid in dict.fromkeys(image.grid for image in last):
+            members = [b for b, image in enumerate(last) if image.grid == grid]
+            codes = [
+                i.latent if isinstance(i, ImageSegment) else i.tokens
+                for i in (last[b] for b in members)
+            ]
+            for b, pixels in zip(members, self.adapter.decode(torch.stack(codes), grid), strict=True):
+                trajectories[b].image = pixels
+
+

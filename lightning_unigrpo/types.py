@@ -1,0 +1,193 @@
+"""The nouns: prompts, segments, trajectories and what is known about them.
+
+Shape letters, the same everywhere in this project: ``B`` rows, ``G`` rollouts of a group, ``L`` text
+tokens, ``V`` vocabulary, ``T`` denoising steps, ``K`` SDE steps of a window, ``N`` latent tokens, ``C``
+latent channels, ``H W`` pixels, ``n`` any flat count, ``[*]`` any leading dimensions.
+
+A trajectory is a list of segments. A *given* segment is part of the state (the prompt, an input
+image); a *sampled* segment holds actions of the policy and what is needed to score them again. One
+round is ``[Text(given), Text, Image]``; think, draw, reflect, redraw is
+``[Text(given), Text, Image, Text, Image]``: the same code, a longer list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from lightning_unigrpo.config import Objective, Optim, Sampling
+
+Grid: TypeAlias = tuple[int, int]
+"""Latent tokens per column and per row, ``(h, w)``; ``N = h * w``, row-major."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """What the user asked for."""
+
+    text: str
+    """The request, in words."""
+    id: int = 0
+    """Position in the data set: it keys every random draw made for this prompt."""
+    size: tuple[int, int] | None = None
+    """Height and width of the image in pixels; ``None`` leaves the choice to the adapter."""
+    images: tuple[Tensor, ...] = ()
+    """Input images, ``[3, H, W]`` float32 in [0, 1]."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the data set; rewards receive them by name."""
+
+
+@dataclass(kw_only=True, eq=False)
+class TextSegment:
+    """Text, as the ids that were given or sampled; never re-tokenised."""
+
+    tokens: Tensor
+    """``[L]`` int64. A sampled segment ends with the stop token if, and only if, ``stopped``."""
+    stopped: bool = True
+    """False when the length limit cut the text off before the stop token."""
+    log_prob: Tensor | None = None
+    """``[L]`` float32, nats, of the tempered distribution that was sampled from; ``None`` = given."""
+    ref_log_prob: Tensor | None = None
+    """``[L]`` float32, the same tokens under the reference policy; only when a text KL is on."""
+    temperature: float = 1.0
+    """Softmax temperature of the draws: log-probabilities are of ``softmax(logits / temperature)``."""
+    advantage: float = 0.0
+    """Filled after the rewards are known; 0 for a group without information."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the tokens are actions of the policy."""
+        return self.log_prob is not None
+
+
+@dataclass(kw_only=True, eq=False)
+class ImageSegment:
+    """An image as continuous latent tokens, with the SDE window it was sampled through."""
+
+    latent: Tensor
+    """``[N, C]`` float32, clean (sigma 0)."""
+    grid: Grid
+    """``(h, w)`` with ``h * w = N``."""
+    is_context: bool = False
+    """Whether later segments see this image (an input image, or a drawn one that is looked at)."""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """Frozen inputs an adapter makes once (pixels for a ViT, an encoded latent)."""
+    start: int = 0
+    """Step index of the first SDE step; step 0 has its own rule (:func:`flow.transition`)."""
+    states: Tensor | None = None
+    """``[K+1, N, C]`` float32: x before each SDE step and after the last; ``None`` = given."""
+    sigmas: Tensor | None = None
+    """``[K+1]`` float32, descending noise levels of ``states``."""
+    noise: Tensor | None = None
+    """``[K, N, C]`` float32: ``(states[k+1] - mean_old[k]) / std[k]``."""
+    velocity: Tensor | None = None
+    """``[K, N, C]`` float32, the sampling policy's velocity at ``states[:-1]``."""
+    ref_velocity: Tensor | None = None
+    """``[K, N, C]`` float32, the reference policy's velocity on the same states and text."""
+    advantage: float = 0.0
+    """Filled after the rewards are known; 0 for a group without information."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the window's transitions are actions of the policy."""
+        return self.states is not None
+
+
+@dataclass(kw_only=True, eq=False)
+class TokenImageSegment:
+    """An image as discrete tokens (autoregressive or masked)."""
+
+    tokens: Tensor
+    """``[N]`` int64 codes."""
+    grid: Grid
+    """``(h, w)`` with ``h * w = N``."""
+    is_context: bool = False
+    """Whether later segments see this image."""
+    step: Tensor | None = None
+    """``[N]`` int64, the sampling step each token was revealed in."""
+    log_prob: Tensor | None = None
+    """``[N]`` float32, nats; ``None`` = given."""
+    ref_log_prob: Tensor | None = None
+    """``[N]`` float32, the same codes under the reference policy; only when a text KL is on."""
+    temperature: float = 1.0
+    """Softmax temperature of the draws."""
+    advantage: float = 0.0
+    """Filled after the rewards are known; 0 for a group without information."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the codes are actions of the policy."""
+        return self.log_prob is not None
+
+
+Segment: TypeAlias = TextSegment | ImageSegment | TokenImageSegment
+
+
+@dataclass(kw_only=True, eq=False)
+class Trajectory:
+    """One rollout: the state is any prefix of ``segments``, an action a token or a transition."""
+
+    prompt: Prompt
+    segments: list[Segment]
+    group: int
+    """Rollouts of one prompt share it; any integer."""
+    member: int
+    """0 .. G-1 inside the group, wherever its rank."""
+    image: Tensor | None = None
+    """``[3, H, W]`` float32 in [0, 1], the last image drawn, decoded."""
+    completion: str = ""
+    """All sampled text of the trajectory in words, for rewards and logs."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """One number per reward; NaN = not scorable."""
+    reward: float = float("nan")
+    """The combined reward."""
+    usable: bool = True
+    """False when the group holds no information (no spread, or too few finite rewards)."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether every sampled text ended with its stop token inside the length limit."""
+        return all(s.stopped for s in self.segments if isinstance(s, TextSegment) and s.is_sampled)
+
+
+@dataclass(kw_only=True, eq=False)
+class Scores:
+    """What the differentiable pass says about the sampled segments, in walking order.
+
+    Walking order is trajectory by trajectory, segment by segment, one entry for each *sampled*
+    segment of the kind; given segments have none.
+    """
+
+    text: list[Tensor] = field(default_factory=list)
+    """``[L]`` float32 log-probabilities per :class:`TextSegment`."""
+    entropy: list[Tensor] = field(default_factory=list)
+    """``[L]`` float32, nats, detached, per :class:`TextSegment`."""
+    velocity: list[Tensor] = field(default_factory=list)
+    """``[k, N, C]`` float32 velocities per :class:`ImageSegment`, k = the steps asked for."""
+    image_tokens: list[Tensor] = field(default_factory=list)
+    """``[N]`` float32 log-probabilities per :class:`TokenImageSegment`."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Defaults:
+    """What an adapter offers to a user who brings neither prompts nor rewards."""
+
+    train: Sequence[Prompt]
+    val: Sequence[Prompt]
+    test: Sequence[Prompt]
+    rewards: Sequence[Callable[..., Any]]
+    sampling: Sampling | None = None
+    """Settings this backbone is trained with; ``None`` = the paper's."""
+    objective: Objective | None = None
+    optim: Optim | None = None
+
+
+def sampled(trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Segment]]:
+    """Walk the sampled segments in the order of :class:`Scores`."""
+    for trajectory in trajectories:
+        for segment in trajectory.segments:
+            if segment.is_sampled:
+                yield trajectory, segment

@@ -1,0 +1,252 @@
+"""The training step on the toy policies: it is the algorithm, it learns, it resumes bit-equal."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_unigrpo import (
+    Guard,
+    IterationCheckpoint,
+    Objective,
+    OnPolicyError,
+    Optim,
+    PromptDataModule,
+    RolloutGrouping,
+    Sampling,
+    UniGRPOModule,
+)
+from lightning_unigrpo.callbacks import Experience, UniGRPOCallback
+from tests.toys import ToyFlow, ToyMasked, ToyTokens
+
+TOYS = [ToyFlow, ToyTokens, ToyMasked]
+ROUNDS = [1, 2]
+
+
+def small(rounds: int = 1, **changes: Any) -> Sampling:
+    settings = {
+        "group_size": 4,
+        "plan": ("text", "image") * rounds,
+        "max_text_tokens": 5,
+        "num_timesteps": 6,
+        "schedule": "steps",
+        "shift": 1.0,
+        "eta": 0.7,
+        "window_size": 2,
+        "window_range": (0, 4),
+        "eval_num_timesteps": 6,
+    }
+    return Sampling(**(settings | changes))
+
+
+def objective(**changes: Any) -> Objective:
+    return Objective(**({"flow_clip_low": 1e-2, "flow_clip_high": 1e-2, "mse_weight": 0.01} | changes))
+
+
+def optim(**changes: Any) -> Optim:
+    return Optim(**({"text_lr": 1e-2, "flow_lr": 1e-2, "ppo_epochs": 1} | changes))
+
+
+class Record(UniGRPOCallback):
+    """Keeps the metrics and the experience of every iteration."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.experience: list[Experience] = []
+
+    def on_experience(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+        self.experience.append(experience)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.metrics.append(dict(self.experience[-1].metrics))
+
+
+def trainer(tmp_path: Path, steps: int, *callbacks: Callback, **changes: Any) -> Trainer:
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": steps,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, IterationCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "default_root_dir": tmp_path,
+        "callbacks": list(callbacks),
+    }
+    return Trainer(**(settings | changes))
+
+
+def fit(tmp_path: Path, module: UniGRPOModule, steps: int, *callbacks: Callback, **changes: Any) -> Record:
+    record = Record()
+    ckpt_path = changes.pop("ckpt_path", None)
+    data = PromptDataModule(prompts_per_iteration=2)
+    trainer(tmp_path, steps, record, *callbacks, **changes).fit(module, data, ckpt_path=ckpt_path)
+    return record
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.parametrize("toy", TOYS)
+def test_first_update_is_on_policy(toy: Any, rounds: int, tmp_path: Path) -> None:
+    module = UniGRPOModule(toy(), sampling=small(rounds), objective=objective(), optim=optim())
+    record = fit(tmp_path, module, 2)
+    for metrics in record.metrics:
+        assert metrics["guard/velocity"] <= 1e-4
+        assert metrics["guard/log_prob"] <= 5e-5
+        assert metrics["guard/residual"] <= 1e-4
+        assert metrics["text/ratio_mean"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.parametrize("toy", TOYS)
+def test_reward_rises(toy: Any, rounds: int, tmp_path: Path) -> None:
+    module = UniGRPOModule(
+        toy(),
+        sampling=small(rounds, group_size=16),
+        objective=objective(mse_weight=0.0),
+        optim=optim(),
+    )
+    record = fit(tmp_path, module, 40)
+    rewards = [m["reward"] for m in record.metrics]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_reference_equals_the_policy_before_the_first_update(tmp_path: Path) -> None:
+    module = UniGRPOModule(
+        ToyFlow(), sampling=small(), objective=objective(text_kl_weight=0.1), optim=optim()
+    )
+    first, second = fit(tmp_path, module, 2).metrics
+    assert first["flow/velocity_mse"] <= 1e-10
+    assert abs(first["text/kl"]) <= 1e-9
+    assert second["flow/velocity_mse"] > 1e-7  # the reference stayed where it was
+    assert second["text/kl"] > 1e-9
+
+
+def test_micro_batches_do_not_change_the_update(tmp_path: Path) -> None:
+    weights = []
+    for size in (None, 3):
+        module = UniGRPOModule(
+            ToyFlow(), sampling=small(), objective=objective(), optim=optim(micro_batch_size=size)
+        )
+        module.configure_optimizers = lambda m=module: torch.optim.SGD(  # type: ignore[method-assign]
+            m.adapter.net.parameters(), lr=1.0
+        )
+        module.lr_schedulers = lambda: _NoSchedule()  # type: ignore[method-assign]
+        fit(tmp_path, module, 1)
+        weights.append(torch.cat([p.detach().flatten() for p in module.adapter.net.parameters()]))
+    # SGD, because AdamW turns rounding of a zero gradient into a step of size lr.
+    torch.testing.assert_close(weights[0], weights[1], atol=2e-6, rtol=1e-5)
+
+
+class _NoSchedule:
+    def step(self) -> None:
+        pass
+
+
+def test_disjoint_updates_and_passes_count_as_optimizer_steps(tmp_path: Path) -> None:
+    settings = optim(ppo_epochs=2, updates_per_rollout=2)
+    module = UniGRPOModule(ToyFlow(), sampling=small(), objective=objective(), optim=settings)
+    record = fit(tmp_path, module, 8)
+    assert len(record.metrics) == 2
+    trajectories = record.experience[0].trajectories
+    parts = [[id(t) for t in part] for part in module.minibatches(record.experience[0])]
+    assert len(parts) == 4
+    for epoch in (parts[:2], parts[2:]):
+        assert sorted(sum(epoch, [])) == sorted(id(t) for t in trajectories)
+
+
+def test_zero_learning_rate_freezes_the_group(tmp_path: Path) -> None:
+    module = UniGRPOModule(
+        ToyFlow(), sampling=small(), objective=objective(), optim=optim(text_lr=0.0)
+    )
+    before = copy.deepcopy(module.adapter.param_groups())
+    fit(tmp_path, module, 2)
+    after = module.adapter.param_groups()
+    assert all(torch.equal(a, b) for a, b in zip(before["text"], after["text"], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before["flow"], after["flow"], strict=True))
+
+
+def test_a_user_grouping_replaces_the_default(tmp_path: Path) -> None:
+    class Mine(RolloutGrouping):
+        pass
+
+    module = UniGRPOModule(ToyFlow(), sampling=small(), objective=objective(), optim=optim())
+    built = trainer(tmp_path, 1, Mine())
+    built.fit(module, PromptDataModule(prompts_per_iteration=2))
+    found = [c for c in built.callbacks if isinstance(c, RolloutGrouping)]  # type: ignore[attr-defined]
+    assert [type(c) for c in found] == [Mine]
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_resume_continues_to_the_same_numbers(rounds: int, tmp_path: Path) -> None:
+    def build() -> UniGRPOModule:
+        seed_everything(3)
+        return UniGRPOModule(
+            ToyFlow(), sampling=small(rounds), objective=objective(), optim=optim(warmup_steps=3)
+        )
+
+    whole = fit(tmp_path / "a", build(), 5)
+    first = fit(tmp_path / "b", build(), 3, IterationCheckpoint(every=3))
+    seed_everything(99)  # a resumed process has other global generators
+    rest = fit(tmp_path / "b", build(), 5, ckpt_path=str(tmp_path / "b" / "checkpoints" / "last.ckpt"))
+    for a, b in zip(whole.metrics, first.metrics + rest.metrics, strict=True):
+        assert a == b  # bit for bit
+
+
+class BrokenVelocity(ToyFlow):
+    """Samples with a velocity 1 % too large."""
+
+    def velocity(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().velocity(*args, **kwargs) * 1.01
+
+
+def test_the_guard_stops_before_the_update(tmp_path: Path) -> None:
+    module = UniGRPOModule(
+        BrokenVelocity(), sampling=small(), objective=objective(), optim=optim()
+    )
+    before = copy.deepcopy(module.adapter.net.state_dict())
+    with pytest.raises(OnPolicyError, match="guard.velocity"):
+        fit(tmp_path, module, 1)
+    for name, value in module.adapter.net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_guard_may_warn_or_be_off(tmp_path: Path) -> None:
+    for action in ("warn", "off"):
+        module = UniGRPOModule(
+            BrokenVelocity(),
+            sampling=small(),
+            objective=objective(),
+            optim=optim(),
+            guard=Guard(action=action),
+        )
+        if action == "warn":
+            with pytest.warns(UserWarning, match="not the same policy"):
+                fit(tmp_path, module, 1)
+        else:
+            assert "guard/velocity" not in fit(tmp_path, module, 1).metrics[0]
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_bf16_recomputes_the_old_policy_and_logs_the_mismatch(toy: Any, tmp_path: Path) -> None:
+    module = UniGRPOModule(toy(), sampling=small(), objective=objective(), optim=optim())
+    metrics = fit(tmp_path, module, 2, precision="bf16-mixed").metrics[0]
+    assert 0 < metrics["guard/log_prob"] < 1
+    assert metrics["text/log_ratio_max"] <= 5e-5  # recomputed by the training path itself
+
+
+def test_csv_logger_holds_every_iteration(tmp_path: Path) -> None:
+    module = UniGRPOModule(ToyFlow(), sampling=small(), objective=objective(), optim=optim())
+    fit(tmp_path, module, 3, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    lines = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
+    assert len(lines) == 4
+    assert {"reward", "guard/velocity", "flow/velocity_mse", "text/entropy"} <= set(lines[0].split(","))
