@@ -1,0 +1,55 @@
+PYTHON ?= python
+# Nothing here needs a network: weights and data come with the packages.
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo check test test-gpu fix bench bench-digits bench-iteration docs clean
+
+demo:  ## train the built-in digits model on the CPU
+	unigrpo fit --config configs/digits.yaml
+
+check:  ## what every commit passes: format, lint, types, fast tests, doctests, import direction
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest
+
+test:  ## everything that runs on a CPU, two-process and slow tests included
+	$(PYTHON) -m pytest -m "not gpu"
+
+test-gpu:  ## skips cleanly where there is none
+	$(PYTHON) -m pytest -m gpu
+
+fix:  ## format, and mend what ruff can mend
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+bench: bench-digits bench-iteration
+
+bench-digits:
+	$(PYTHON) benchmarks/digits.py
+
+bench-iteration:
+	$(PYTHON) benchmarks/iteration.py
+
+docs:  ## the pages are plain Markdown: run their examples, find dead links between files
+	$(PYTHON) -m pytest -m "not gpu" --doctest-glob="*.md" README.md $(wildcard docs) lightning_unigrpo
+	@$(PYTHON) -c "$$CHECK_LINKS"
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+
+define CHECK_LINKS
+import pathlib, re, sys
+pages = [*pathlib.Path().glob("*.md"), *pathlib.Path("docs").rglob("*.md")]
+link = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)")
+dead = [
+    f"{page}: {target}"
+    for page in pages
+    for target in link.findall(page.read_text(encoding="utf-8"))
+    if not (page.parent / target).exists()
+]
+print(*dead, f"{len(pages)} pages, {len(dead)} dead links", sep="\n")
+sys.exit(bool(dead))
+endef
+export CHECK_LINKS
