@@ -36,7 +36,7 @@ class RolloutProgress(UniGRPOCallback):
         self._tasks: dict[str, TaskID] = {}
         self._rewards = {"train": float("nan"), "val": float("nan")}
         self._spent: dict[str, float] = {}
-        self._phase, self._since, self._said = "", 0.0, 0.0
+        self._since = self._said = 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,10 +68,10 @@ class RolloutProgress(UniGRPOCallback):
 
     @override
     def on_phase(self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int) -> None:
+        # Phases report when a part of them is done: the time since the last report was theirs.
         now = time.monotonic()
-        if self._phase:
-            self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
-        self._phase, self._since = phase, now
+        self._spent[phase] = self._spent.get(phase, 0.0) + now - self._since
+        self._since = now
         if self._live is not None:
             task = self._tasks["phase"]
             self._live.update(task, description=phase, completed=done, total=total)
@@ -85,6 +85,12 @@ class RolloutProgress(UniGRPOCallback):
         if "val/reward" in trainer.callback_metrics:
             self._rewards["val"] = float(trainer.callback_metrics["val/reward"])
 
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._since = time.monotonic()
+
     def _note(self) -> str:
         shown = [f"{k} {v:.3f}" for k, v in self._rewards.items() if v == v]
         return "reward: " + ", ".join(shown) if shown else ""
@@ -93,7 +99,7 @@ class RolloutProgress(UniGRPOCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done, self._phase = int(pl_module.iteration), ""  # type: ignore[arg-type]
+        done = int(pl_module.iteration)  # type: ignore[arg-type]
         if self._live is not None:
             self._live.update(self._tasks["iteration"], completed=done, note=self._note())
         elif trainer.is_global_zero and time.monotonic() - self._said >= self.every:
@@ -102,7 +108,8 @@ class RolloutProgress(UniGRPOCallback):
             parts = ", ".join(f"{k} {100 * v / spent:.0f}%" for k, v in self._spent.items())
             total = self._total(trainer)
             of = f"/{total}" if total else ""
-            self.console.print(f"iteration {done}{of}  {self._note()}  ({parts})", highlight=False)
+            line = f"iteration {done}{of}  {self._note()}  ({parts})"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

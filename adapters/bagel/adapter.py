@@ -1,0 +1,297 @@
+"""Bagel as one policy: reason with the understanding expert, draw with the generation expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unigrpo.adapter import Adapter, token_log_probs
+from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
+from lightning_unigrpo.adapters.bagel.cache import BagelCache
+from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.network import BagelNet
+from lightning_unigrpo.adapters.bagel.packing import Packer
+from lightning_unigrpo.types import (
+    Grid,
+    ImageSegment,
+    Prompt,
+    Scores,
+    Segment,
+    TextSegment,
+    Trajectory,
+)
+
+FLOW_MODULES = ("vae2llm", "llm2vae", "time_embedder")
+"""The bridges between latents and the language model; with ``moe_gen`` they are the flow group."""
+
+
+class Tokenizer(Protocol):
+    """What the adapter needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without marks."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+
+
+class BagelAdapter(Adapter):
+    """Bagel's language and generation path.
+
+    Layout of a context, one linear sequence: every text is ``bos + ids + eos``, every image
+    ``start + latents + end``. RoPE counts words; all rows of an image share one position. A segment's
+    ids never hold ``bos``; a sampled text ends with ``eos`` if it stopped, and the adapter adds ``eos``
+    wherever it is missing.
+
+    Source: Bagel, https://arxiv.org/abs/2505.14683.
+
+    Args:
+        config: sizes and special tokens.
+        tokenizer: turns prompts into ids.
+        net: the network; ``None`` builds one with random weights.
+        default_size: height and width in pixels of an image whose prompt names none.
+        detach_context: cut the image loss's gradient into the reasoning's keys and values.
+        gradient_checkpointing: recompute each layer in the backward pass.
+        train_bridges: also train ``vae2llm``, ``llm2vae`` and ``time_embedder``.
+    """
+
+    def __init__(
+        self,
+        config: BagelConfig,
+        tokenizer: Tokenizer,
+        *,
+        net: BagelNet | None = None,
+        default_size: tuple[int, int] = (1024, 1024),
+        detach_context: bool = False,
+        gradient_checkpointing: bool = False,
+        train_bridges: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.net: BagelNet = net or BagelNet(config)
+        self.net.gradient_checkpointing = gradient_checkpointing
+        self.default_size, self.detach_context = default_size, detach_context
+        self.stop_token, self.latent_channels = config.eos, config.latent_channels
+        if not train_bridges:
+            for name in FLOW_MODULES:
+                getattr(self.net, name).requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.net.vae2llm.weight.device
+
+    # ---- words and pixels
+
+    def tokenize(self, prompt: Prompt) -> list[Segment]:
+        """Return the prompt as one text; Bagel has no chat template."""
+        ids = torch.tensor(self.tokenizer.encode(prompt.text), dtype=torch.long)
+        return [TextSegment(tokens=ids.to(self.device))]
+
+    def detokenize(self, tokens: Tensor) -> str:
+        """Return the words of ``[L]`` ids without the closing ``eos``."""
+        ids = tokens.tolist()
+        return self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.config.eos] else ids)
+
+    def image_grid(self, prompt: Prompt) -> Grid:
+        """Return the latent grid of the size asked for.
+
+        Raises:
+            ValueError: when the size is not a multiple of a latent token's pixels.
+        """
+        height, width = prompt.size or self.default_size
+        side = self.config.pixels_per_token
+        if height % side or width % side:
+            raise ValueError(
+                f"Prompt.size {(height, width)} must be multiples of {side} pixels (one latent token)."
+            )
+        return height // side, width // side
+
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Turn latents into pixels; needs a subclass that owns an image decoder.
+
+        Raises:
+            TypeError: always, here.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no image decoder: override decode(latents, grid) -> [B, 3, H, W]."
+        )
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def prefill(self, contexts: Sequence[Sequence[Segment]]) -> BagelCache:
+        """Read ragged contexts segment by segment."""
+        dtype = torch.get_autocast_dtype(self.device.type) if self._autocast() else None
+        weight = self.net.vae2llm.weight
+        cache = BagelCache(
+            self.config, len(contexts), device=self.device, dtype=dtype or weight.dtype
+        )
+        for place in range(max((len(c) for c in contexts), default=0)):
+            self.extend(cache, [c[place] if place < len(c) else None for c in contexts])
+        return cache
+
+    def _autocast(self) -> bool:
+        return torch.is_autocast_enabled(self.device.type)
+
+    @torch.no_grad()
+    def extend(self, cache: BagelCache, segments: Sequence[Segment | None]) -> None:  # type: ignore[override]
+        """Append one segment per row; None appends nothing."""
+        packer, positions = self._packer(), cache.positions.tolist()
+        advance = []
+        for b, segment in enumerate(segments):
+            packer.sample()
+            if isinstance(segment, TextSegment):
+                ids = self._closed(segment.tokens)[cache.open[b] :]
+                if ids:
+                    packer.text(ids, positions[b])
+                cache.open[b] = 0
+                advance.append(len(ids))
+            elif isinstance(segment, ImageSegment) and segment.is_context:
+                latent = segment.latent.to(self.device)
+                clean = latent.new_zeros(len(latent))
+                packer.image(latent, clean, segment.grid, positions[b], noise=False)
+                advance.append(1)
+            else:
+                advance.append(0)
+        if any(advance):
+            lengths = self._append(cache, packer)[2]
+            cache.lengths = cache.lengths + lengths
+            cache.positions = cache.positions + torch.tensor(advance, device=self.device)
+
+    def _closed(self, tokens: Tensor) -> list[int]:
+        ids = tokens.tolist()
+        tail = [] if ids[-1:] == [self.config.eos] else [self.config.eos]
+        return [self.config.bos, *ids, *tail]
+
+    def _packer(self) -> Packer:
+        return Packer(self.config, self.device)
+
+    def _append(self, cache: BagelCache, packer: Packer) -> tuple[Tensor, Tensor, Tensor]:
+        """Run new rows against the cache; returns logits, velocities and new slots per row."""
+        pack, layout = packer.finish()
+        cache.reserve(layout.rows.shape[1])
+        logits, velocity = self.net(pack, CachedAttention(cache, layout))
+        return logits, velocity, layout.valid.sum(1)
+
+    @torch.no_grad()
+    def next_logits(self, cache: BagelCache, tokens: Tensor | None, active: Tensor) -> Tensor:  # type: ignore[override]
+        """Feed ``bos`` (``tokens`` None) or the tokens just sampled to the active rows."""
+        packer, positions = self._packer(), cache.positions.tolist()
+        rows = active.tolist()
+        ids = [self.config.bos] * len(cache) if tokens is None else tokens.tolist()
+        for b, is_active in enumerate(rows):
+            packer.sample()
+            if is_active:
+                packer.text([ids[b]], positions[b], last=True)
+                cache.open[b] += 1
+        found, _, added = self._append(cache, packer)
+        cache.lengths, cache.positions = cache.lengths + added, cache.positions + added
+        logits = found.new_zeros(len(cache), found.shape[1])
+        logits[active.to(found.device)] = found
+        return logits
+
+    @torch.no_grad()
+    def velocity(  # type: ignore[override]
+        self, cache: BagelCache, latents: Tensor, sigma: Tensor, grid: Grid
+    ) -> Tensor:
+        """Run one noise block per row; its keys go to scratch slots that nothing remembers."""
+        packer = self._packer()
+        num = latents.shape[1]
+        levels = sigma.unsqueeze(1).expand(-1, num)
+        for b, position in enumerate(cache.positions.tolist()):
+            packer.sample()
+            packer.image(latents[b], levels[b], grid, position, noise=True)
+        return self._append(cache, packer)[1].view_as(latents)
+
+    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> BagelCache:
+        """Return empty contexts: plain text-to-image has nothing else to drop."""
+        return self.prefill([[] for _ in contexts])
+
+    # ---- learning
+
+    def forward(self, trajectories: Sequence[Trajectory], steps: slice = slice(None)) -> Scores:
+        """Score all trajectories in one packed pass."""
+        packer = self._packer()
+        texts: list[TextSegment] = []
+        images: list[tuple[int, int, int]] = []  # steps, latent tokens, channels
+        for trajectory in trajectories:
+            packer.sample()
+            position = 0
+            for segment in trajectory.segments:
+                if isinstance(segment, TextSegment):
+                    ids = self._closed(segment.tokens)
+                    scored = len(segment.tokens) if segment.is_sampled else 0
+                    packer.text(ids, position, score=scored)
+                    position += len(ids)
+                    if segment.is_sampled:
+                        texts.append(segment)
+                elif isinstance(segment, ImageSegment):
+                    if segment.is_sampled:
+                        images.append(self._noisy(packer, segment, position, steps))
+                    if segment.is_context:
+                        clean = segment.latent.new_zeros(len(segment.latent))
+                        packer.image(segment.latent, clean, segment.grid, position, noise=False)
+                        position += 1
+        pack, layout = packer.finish()
+        num_rows = len(pack.positions) + len(pack.latents)
+        attention = PackedAttention(layout, num_rows, detach_context=self.detach_context)
+        logits, velocity = self.net(pack, attention)
+        scores = Scores()
+        if texts:
+            scores.text, scores.entropy = score_texts(logits, texts)
+        if images:
+            parts = velocity.split([k * n for k, n, _ in images])
+            scores.velocity = [v.view(shape) for v, shape in zip(parts, images, strict=True)]
+        return scores
+
+    @staticmethod
+    def _noisy(
+        packer: Packer, image: ImageSegment, position: int, steps: slice
+    ) -> tuple[int, int, int]:
+        """Add the window's states side by side at one position, each blind to the others."""
+        assert image.states is not None and image.sigmas is not None
+        states, sigmas = image.states[:-1][steps], image.sigmas[:-1][steps]
+        num = states.shape[1]
+        for state, level in zip(states, sigmas.unsqueeze(1).expand(-1, num), strict=True):
+            packer.image(state, level, image.grid, position, noise=True)
+        return len(states), num, states.shape[2]
+
+    # ---- strategies and optimizers
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the understanding expert (with embedding and head) and the generation expert."""
+        groups: dict[str, list[nn.Parameter]] = {"text": [], "flow": []}
+        for name, parameter in self.net.named_parameters():
+            if "pos_embed" not in name:
+                is_flow = "moe_gen" in name or any(part in name for part in FLOW_MODULES)
+                groups["flow" if is_flow else "text"].append(parameter)
+        return groups
+
+    def shard_units(self) -> list[nn.Module]:
+        """Return the layers."""
+        return list(self.net.language_model.model.layers)
+
+
+def score_texts(
+    logits: Tensor, texts: Sequence[TextSegment]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return log-probabilities and entropies ``[L]`` per text.
+
+    Args:
+        logits: ``[sum L, V]`` in the order of the texts.
+        texts: sampled segments.
+    """
+    lengths = [len(text.tokens) for text in texts]
+    tokens = torch.cat([text.tokens for text in texts])
+    temperatures = {text.temperature for text in texts}
+    temperature = temperatures.pop()
+    if temperatures:  # more than one: temper row by row
+        each = logits.new_tensor([text.temperature for text in texts])
+        logits = logits / each.repeat_interleave(torch.tensor(lengths, device=each.device)).unsqueeze(1)
+        temperature = 1.0
+    log_prob, entropy = token_log_probs(logits, tokens, temperature=temperature)
+    return list(log_prob.split(lengths)), list(entropy.split(lengths))

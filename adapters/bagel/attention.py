@@ -1,0 +1,220 @@
+"""Which rows see which: packed for learning, cached for sampling.
+
+Visibility inside one sample (specified by upstream's training mask): a query sees a key that comes
+before it or shares its image block, unless the key lies in a noise block that is not the query's own.
+Noise blocks are images at sigma > 0: nothing later may see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lightning_unigrpo.adapters.bagel.network import Heads
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.adapters.bagel.cache import BagelCache
+
+DENSE_LIMIT = 1 << 24
+"""Largest ``B * L * L`` for which a dense mask is built; beyond it attention runs block by block."""
+
+
+class Kind(IntEnum):
+    """How a block sees itself, and whether later blocks see it."""
+
+    CAUSAL = 0
+    """Text."""
+    FULL = 1
+    """A clean image: bidirectional."""
+    NOISE = 2
+    """An image being denoised: bidirectional and invisible to later blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """The sequences that flat rows form: B samples, padded to L."""
+
+    rows: Tensor
+    """``[B, L]`` int64, the flat row at each place; anything where ``valid`` is False."""
+    valid: Tensor
+    """``[B, L]`` bool."""
+    block: Tensor
+    """``[B, L]`` int64, number of the block inside the sample."""
+    kind: Tensor
+    """``[B, L]`` int64, :class:`Kind` of the block."""
+
+    @classmethod
+    def build(
+        cls, samples: Sequence[Sequence[tuple[Kind, Sequence[int]]]], device: torch.device
+    ) -> Layout:
+        """Lay out blocks of flat rows.
+
+        Args:
+            samples: per sample its blocks in order, each a kind and its flat rows.
+            device: of the tensors.
+        """
+        lengths = [sum(len(rows) for _, rows in blocks) for blocks in samples]
+        table = np.zeros((4, len(samples), max(lengths, default=0)), dtype=np.int64)
+        for b, blocks in enumerate(samples):
+            at = 0
+            for number, (kind, rows) in enumerate(blocks):
+                end = at + len(rows)
+                table[0, b, at:end] = rows
+                table[1, b, at:end] = number
+                table[2, b, at:end] = kind
+                at = end
+            table[3, b, :at] = 1
+        rows, block, kind, valid = torch.from_numpy(table).to(device).unbind(0)
+        return cls(rows=rows, valid=valid.bool(), block=block, kind=kind)
+
+    def visible(self) -> Tensor:
+        """Return the dense mask ``[B, L, L]``, True where a query (row) sees a key (column)."""
+        length = self.rows.shape[1]
+        order = torch.arange(length, device=self.rows.device)
+        same = self.block.unsqueeze(2) == self.block.unsqueeze(1)
+        together = same & (self.kind != Kind.CAUSAL).unsqueeze(2)
+        hidden = (self.kind == Kind.NOISE).unsqueeze(1) & ~same
+        mask = ((order.unsqueeze(1) >= order) | together) & ~hidden & self.valid.unsqueeze(1)
+        return mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding sees itself
+
+    def blocks(self) -> list[list[tuple[Kind, range]]]:
+        """Return per sample its blocks as ranges of places."""
+        found = []
+        for b in range(len(self.rows)):
+            number, kind = self.block[b, self.valid[b]].tolist(), self.kind[b].tolist()
+            starts = [i for i, n in enumerate(number) if i == 0 or n != number[i - 1]]
+            ends = [*starts[1:], len(number)]
+            found.append([(Kind(kind[s]), range(s, e)) for s, e in zip(starts, ends, strict=True)])
+        return found
+
+
+class PackedAttention:
+    """Attention of whole samples in one differentiable pass.
+
+    Args:
+        layout: the sequences.
+        num_rows: flat rows in all.
+        detach_context: cut the gradient from a noise block into the keys and values of everything
+            outside it, so that the image loss no longer reaches the reasoning.
+        dense: build a mask; ``None`` decides by :data:`DENSE_LIMIT`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        num_rows: int,
+        *,
+        detach_context: bool = False,
+        dense: bool | None = None,
+    ) -> None:
+        self.layout, self.detach_context = layout, detach_context
+        samples, length = layout.rows.shape
+        self.dense = samples * length * length <= DENSE_LIMIT if dense is None else dense
+        places = layout.valid.flatten().nonzero().squeeze(1)
+        self.place = torch.empty(num_rows, dtype=torch.long, device=places.device)
+        self.place[layout.rows.flatten()[places]] = places
+        self.noise = (layout.kind == Kind.NOISE).unsqueeze(1).unsqueeze(3)  # [B, 1, L, 1]
+        if self.dense:
+            self.mask = layout.visible().unsqueeze(1)
+        else:
+            self.ranges = layout.blocks()
+
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        """Return ``[M, H * D]``."""
+        query, key, value = (x[self.layout.rows].transpose(1, 2) for x in heads)  # [B, H, L, D]
+        key, value = _repeat(key, query), _repeat(value, query)
+        attend = self._dense if self.dense else self._by_block
+        out = attend(query, key, value).transpose(1, 2).flatten(2)  # [B, L, H * D]
+        return out.flatten(0, 1)[self.place]
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+        if not self.detach_context:
+            return out
+        own = [torch.where(self.noise, x, x.detach()) for x in (key, value)]
+        return torch.where(
+            self.noise, scaled_dot_product_attention(query, *own, attn_mask=self.mask), out
+        )
+
+    def _by_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.zeros_like(query)
+        for b, blocks in enumerate(self.ranges):
+            seen: list[slice] = []
+            for kind, places in blocks:
+                here = slice(places.start, places.stop)
+                past = [self._context(x[b], seen, kind) for x in (key, value)]
+                k, v = (
+                    torch.cat([*p, x[b, :, here]], 1) for p, x in zip(past, (key, value), strict=True)
+                )
+                out[b, :, here] = _one_block(query[b, :, here], k, v, causal=kind == Kind.CAUSAL)
+                if kind != Kind.NOISE:
+                    seen.append(here)
+        return out
+
+    def _context(self, x: Tensor, seen: list[slice], kind: Kind) -> list[Tensor]:
+        parts = [x[:, where] for where in seen]
+        cut = self.detach_context and kind == Kind.NOISE
+        return [part.detach() for part in parts] if cut else parts
+
+
+def _one_block(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    mask = None
+    if causal:
+        size, total = query.shape[1], key.shape[1]
+        mask = torch.ones(size, total, dtype=torch.bool, device=query.device).tril(total - size)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _repeat(x: Tensor, query: Tensor) -> Tensor:
+    """Give each query head its key head: query head i uses head ``i // (H / H_kv)``."""
+    times = query.shape[1] // x.shape[1]
+    return x if times == 1 else x.repeat_interleave(times, 1)
+
+
+class CachedAttention:
+    """New rows of B ragged sequences see their cached context and each other.
+
+    The rows' keys and values are written behind each row's context. They become part of it only when
+    the cache's lengths are advanced; a denoising step does not do that.
+
+    Args:
+        cache: of B rows; its capacity must hold the new rows.
+        layout: the new rows, one block per sample (causal text, or a bidirectional image).
+    """
+
+    def __init__(self, cache: BagelCache, layout: Layout) -> None:
+        self.cache, self.layout = cache, layout
+        samples, length = layout.rows.shape
+        order = torch.arange(length, device=layout.rows.device)
+        lengths = cache.lengths.unsqueeze(1)
+        slots = lengths + order
+        count = layout.valid.sum(1, keepdim=True)
+        reach = torch.where(layout.kind == Kind.CAUSAL, slots + 1, lengths + count)
+        self.total = int(slots.max()) + 1
+        keys = torch.arange(self.total, device=slots.device)
+        # At least one visible key, so that the softmax of padding is finite.
+        self.mask = (keys < reach.clamp_min(1).unsqueeze(2)).unsqueeze(1)  # [B, 1, Q, S]
+        places = layout.valid.flatten().nonzero().squeeze(1)
+        self.place = torch.empty_like(places)
+        self.place[layout.rows.flatten()[places]] = places
+        self.sample, self.slot = places // length, slots.flatten()[places]
+        self.flat = layout.rows.flatten()[places]
+
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        """Return ``[M, H * D]``."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, S, H_kv, D]
+        keys[self.sample, self.slot] = heads.key[self.flat].to(keys.dtype)
+        values[self.sample, self.slot] = heads.value[self.flat].to(values.dtype)
+        query = heads.query[self.layout.rows].transpose(1, 2)
+        key, value = (
+            _repeat(x[:, : self.total].transpose(1, 2), query).to(query.dtype) for x in (keys, values)
+        )
+        out = scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)[self.place]

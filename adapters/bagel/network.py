@@ -1,0 +1,282 @@
+"""Bagel's Mixture-of-Transformers: two experts per layer, one attention over all tokens.
+
+Names of submodules are those of the published checkpoint. One operation serves prefill, decoding,
+denoising and training: everything outside attention runs on flat rows without padding, understanding
+rows first and generation rows second, and an attention object knows which sequences they form.
+
+Source: Bagel, https://arxiv.org/abs/2505.14683; numerics in upstream's ``modeling/bagel``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_unigrpo.adapters.bagel.config import BagelConfig
+
+
+class Heads(NamedTuple):
+    """Queries ``[M, H, D]``, keys and values ``[M, H_kv, D]`` of flat rows."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Attention(Protocol):
+    """How flat rows see each other."""
+
+    def __call__(self, layer: int, heads: Heads) -> Tensor:
+        """Return ``[M, H * D]`` for the rows (understanding first, generation second)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pack:
+    """The rows of one forward. Mu understanding rows (words and image marks), Mg latent rows."""
+
+    token_ids: Tensor
+    """``[Mt]`` int64; the words and marks among the understanding rows."""
+    positions: Tensor
+    """``[Mu]`` int64 RoPE positions."""
+    latents: Tensor
+    """``[Mg, C]`` float32."""
+    sigma: Tensor
+    """``[Mg]`` float32, 0 for a clean image."""
+    latent_ids: Tensor
+    """``[Mg]`` int64 rows of the table of latent positions."""
+    latent_positions: Tensor
+    """``[Mg]`` int64 RoPE positions."""
+    logit_rows: Tensor
+    """``[R]`` int64, understanding rows whose next-token logits are wanted."""
+    velocity_rows: Tensor
+    """``[Mv]`` int64, latent rows whose velocity is wanted."""
+    extra: Tensor | None = None
+    """``[Mu - Mt, d]`` understanding rows that are given as embeddings (vision), behind the words."""
+
+
+class RMSNorm(nn.Module):
+    """Normalise in float32, cast back, then scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[*, size]`` in the dtype of x."""
+        if x.dtype == torch.float32 == self.weight.dtype:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        d, ff = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, ff, bias=False)
+        self.up_proj = nn.Linear(d, ff, bias=False)
+        self.down_proj = nn.Linear(ff, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[*, d]``."""
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Projections(nn.Module):
+    """The projections of both experts; ``""`` understands, ``"_moe_gen"`` generates."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        for expert in EXPERTS:
+            self.add_module(f"q_proj{expert}", nn.Linear(d, d))
+            self.add_module(f"k_proj{expert}", nn.Linear(d, kv))
+            self.add_module(f"v_proj{expert}", nn.Linear(d, kv))
+            self.add_module(f"o_proj{expert}", nn.Linear(d, d, bias=False))
+            self.add_module(f"q_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
+            self.add_module(f"k_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor], expert: str) -> Heads:
+        """Project, normalise queries and keys per head, then rotate them."""
+        part = self._modules
+        shape = (len(x), -1, self.head_dim)
+        query = part[f"q_norm{expert}"](part[f"q_proj{expert}"](x).view(shape))  # type: ignore[misc]
+        key = part[f"k_norm{expert}"](part[f"k_proj{expert}"](x).view(shape))  # type: ignore[misc]
+        value = part[f"v_proj{expert}"](x).view(shape)  # type: ignore[misc]
+        return Heads(rotate(query, *rope), rotate(key, *rope), value)
+
+    def merge(self, x: Tensor, expert: str) -> Tensor:
+        """Project the attention's output."""
+        return self._modules[f"o_proj{expert}"](x)  # type: ignore[misc]
+
+
+EXPERTS = ("", "_moe_gen")
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine ``[M, 1, D]`` float32 of ``positions * theta^(-2k/D)``."""
+    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(1) * theta ** (-steps / head_dim)
+    angles = torch.cat([angles, angles], 1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to ``[M, H, D]``, halves as pairs."""
+    a, b = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-b, a], -1) * sin.to(x.dtype)
+
+
+class Layer(nn.Module):
+    """One layer with an expert per kind of row."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Projections(config)
+        for expert in EXPERTS:
+            self.add_module(f"mlp{expert}", MLP(config))
+            self.add_module(f"input_layernorm{expert}", RMSNorm(d, eps))
+            self.add_module(f"post_attention_layernorm{expert}", RMSNorm(d, eps))
+
+    def forward(
+        self,
+        rows: tuple[Tensor, Tensor],
+        ropes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+        attention: Attention,
+        number: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rows of both experts after attention and MLP."""
+        part = self._modules
+        live = [e for e, x in enumerate(rows) if len(x)]
+        heads = [
+            self.self_attn.heads(
+                part[f"input_layernorm{EXPERTS[e]}"](rows[e]),  # type: ignore[misc]
+                ropes[e],
+                EXPERTS[e],
+            )
+            for e in live
+        ]
+        joint = heads[0] if len(heads) == 1 else Heads(*map(torch.cat, zip(*heads, strict=True)))
+        mixed = attention(number, joint).split([len(rows[e]) for e in live])
+        new = list(rows)
+        for e, attended in zip(live, mixed, strict=True):
+            expert = EXPERTS[e]
+            x = rows[e] + self.self_attn.merge(attended, expert)
+            u = part[f"post_attention_layernorm{expert}"](x)  # type: ignore[misc]
+            new[e] = x + part[f"mlp{expert}"](u)  # type: ignore[misc]
+        return new[0], new[1]
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, and a final norm per expert."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """The decoder and its head."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class TimeEmbedder(nn.Module):
+    """256 sinusoids of sigma in [0, 1] (no factor 1000), then an MLP."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Return ``[M, d]`` for ``[M]`` noise levels."""
+        steps = torch.arange(128, device=sigma.device, dtype=torch.float32)
+        angles = sigma.float().unsqueeze(1) * torch.exp(-math.log(10000) * steps / 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
+
+
+class PositionTable(nn.Module):
+    """A frozen table of 2-D sinusoids: row ``h * side + w``; w in the first half of the columns."""
+
+    def __init__(self, side: int, size: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(sincos_table(side, size), requires_grad=False)
+
+
+def sincos_table(side: int, size: int) -> Tensor:
+    """Return ``[side * side, size]`` float32, computed in float64."""
+    omega = 10000.0 ** (-np.arange(size // 4) / (size / 4))
+    angles = np.arange(side)[:, None] * omega
+    line = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    table = np.concatenate([np.tile(line, (side, 1)), np.repeat(line, side, 0)], 1)
+    return torch.from_numpy(table).float()
+
+
+class BagelNet(nn.Module):
+    """The trainable network; every weight is used through one call."""
+
+    def __init__(self, config: BagelConfig, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        d, c = config.hidden_size, config.latent_channels
+        self.language_model = LanguageModel(config)
+        self.vae2llm, self.llm2vae = nn.Linear(c, d), nn.Linear(d, c)
+        self.time_embedder = TimeEmbedder(d)
+        self.latent_pos_embed = PositionTable(config.max_latent_size, d)
+
+    def forward(self, pack: Pack, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Run rows through the network.
+
+        Args:
+            pack: flat rows of both experts.
+            attention: which sequences they form, and what they see.
+
+        Returns:
+            Logits ``[R, V]`` and velocities ``[Mv, C]``, float32.
+        """
+        config, decoder = self.config, self.language_model.model
+        words = decoder.embed_tokens(pack.token_ids)
+        if pack.extra is not None:
+            words = torch.cat([words, pack.extra.to(words)])
+        rows = (words, self._latent_rows(pack, words))
+        ropes = tuple(
+            rope_tables(p, config.head_dim, config.rope_theta)
+            for p in (pack.positions, pack.latent_positions)
+        )
+        for number, layer in enumerate(decoder.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                rows = checkpoint(layer, rows, ropes, attention, number, use_reentrant=False)
+            else:
+                rows = layer(rows, ropes, attention, number)
+        logits = self.language_model.lm_head(decoder.norm(rows[0][pack.logit_rows]))
+        velocity = self.llm2vae(decoder.norm_moe_gen(rows[1][pack.velocity_rows]))
+        return _wide(logits), _wide(velocity)
+
+    def _latent_rows(self, pack: Pack, like: Tensor) -> Tensor:
+        if not len(pack.latents):
+            return like.new_zeros(0, self.config.hidden_size)
+        place = self.latent_pos_embed.pos_embed[pack.latent_ids]
+        return self.vae2llm(pack.latents) + self.time_embedder(pack.sigma) + place
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Leave reduced precision; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
