@@ -95,8 +95,9 @@ def gdpo_advantages(
 ) -> Advantages:
     r"""Compare each kind of reward with its group first, then combine the kinds.
 
-    ``z_ik = (R_ik - mean(R_gk)) / (std(R_gk) + eps)``, ``s_i = sum_k w_k z_ik``, ``A_i = (s_i -
-    mean(s)) / (std(s) + eps)`` with mean and std over the usable rollouts of all groups.
+    ``z_ik = (R_ik - mean(R_gk)) / (std(R_gk) + eps)``, ``s_i = sum_k w_k z_ik``,
+    ``A_i = (s_i - mean(s)) / (std(s) + eps)`` with mean and std over the usable rollouts of all
+    groups.
 
     A kind with large variance does not drown the others, as it does in a sum of raw rewards. A kind
     that is unknown for a rollout, or without spread in its group, adds nothing to ``s``: the
@@ -124,8 +125,8 @@ def gdpo_advantages(
     """
     if rewards.ndim != 2 or weights.shape != rewards.shape[1:]:
         raise ValueError(
-            f"rewards have shape {tuple(rewards.shape)} and weights {tuple(weights.shape)}; give [n, m] "
-            "and [m]."
+            f"rewards have shape {tuple(rewards.shape)} and weights {tuple(weights.shape)}; give "
+            "[n, m] and [m]."
         )
     index = _group_index(rewards, groups)
     table, weight = rewards.detach().cpu().double(), weights.detach().cpu().double()
@@ -160,7 +161,7 @@ def num_masked_groups(groups: Tensor, usable: Tensor) -> int:
         >>> num_masked_groups(torch.tensor([7, 7, 2, 2]), torch.tensor([True, False, False, False]))
         1
     """
-    return len(groups.unique()) - len(groups[usable].unique())
+    return len(set(groups.tolist()) - set(groups[usable].tolist()))
 
 
 def _group_index(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -170,12 +171,12 @@ def _group_index(rewards: Tensor, groups: Tensor) -> Tensor:
             f"rewards have shape {tuple(rewards.shape)} and groups {tuple(groups.shape)}; give one "
             "group a rollout."
         )
-    index: Tensor = groups.detach().cpu().unique(return_inverse=True)[1]
-    return index
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups.tolist()))}
+    return torch.tensor([number[group] for group in groups.tolist()], dtype=torch.int64)
 
 
 def _moments(values: Tensor, known: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and population std of each rollout's group, and who can be compared; all ``[n]``."""
+    """Return mean and population std of each rollout's group, and who is comparable: ``[n]``."""
     per_group = values.new_zeros(len(index))  # never more groups than rollouts
     filled = values.where(known, 0.0)
     count = per_group.index_add(0, index, known.to(values.dtype))[index]

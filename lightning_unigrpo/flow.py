@@ -2,8 +2,8 @@ r"""Sampling by flow matching: noise levels, deterministic and stochastic steps,
 
 One convention everywhere: ``sigma`` is 1 at pure noise and 0 at data, ``x = (1 - sigma) data +
 sigma noise``, and ``velocity = dx/dsigma = noise - data``. A step goes down from ``sigma`` to
-``sigma_next`` and ``h = sigma - sigma_next > 0``. A velocity implies both ends of its path: ``data^
-= x - sigma velocity`` and ``noise^ = x + (1 - sigma) velocity``.
+``sigma_next`` and ``h = sigma - sigma_next > 0``. A velocity implies both ends of its path:
+``data^ = x - sigma velocity`` and ``noise^ = x + (1 - sigma) velocity``.
 
 Rollout and training call the same functions on float32 states, so that both see the same moments.
 Shape letters: ``N`` latent tokens, ``C`` latent channels, ``T`` steps, ``[*]`` any leading
@@ -216,8 +216,8 @@ def transition(
         ValueError: for an unknown kind, a negative eta, or ``cps`` with eta above 1.
 
     Example:
-        >>> mean, std = transition(torch.zeros(1, 2), torch.ones(1, 2), 1.0, 0.9, eta=0.8, first=True)
-        >>> mean, std
+        >>> velocity, x = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> tuple(transition(velocity, x, 1.0, 0.9, eta=0.8, first=True))
         (tensor([[0.6800, 0.6800]]), tensor([[0.8000]]))
     """
     _check_law(eta, kind)
@@ -276,8 +276,8 @@ def sde_step(
         ValueError: as :func:`transition`.
 
     Example:
-        >>> x = torch.ones(1, 2)
-        >>> sde_step(torch.zeros(1, 2), x, 1.0, 0.9, torch.ones(1, 2), eta=0.8, kind="flow", first=True)
+        >>> velocity, x, noise = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2)
+        >>> sde_step(velocity, x, 1.0, 0.9, noise, eta=0.8, kind="flow", first=True)
         tensor([[1.4800, 1.4800]])
     """
     if kind == "ode":
@@ -378,7 +378,7 @@ def draw_window(
             "stochastic. Change sampling.window_size or sampling.window_range."
         )
     if mode == "random":
-        # The raw words of the bit generator are the same in every NumPy version; integers() may not be.
+        # NumPy keeps the raw words the same in every version, not what integers() makes of them.
         word = np.random.Philox(np.random.SeedSequence([seed, step, group])).random_raw()
         offset = int(word) % num_starts
     elif mode in ("fixed", "sliding"):
@@ -395,7 +395,7 @@ def _promote(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _column(value: Tensor | float, x: Tensor) -> Tensor:
-    """Return ``[*, 1, 1]`` that broadcasts over the latent, in the dtype and on the device of ``x``."""
+    """Return ``[*, 1, 1]`` in the dtype and on the device of ``x``."""
     return torch.as_tensor(value, dtype=x.dtype, device=x.device)[..., None, None]
 
 
@@ -406,6 +406,6 @@ def _check_law(eta: float, kind: str) -> None:
         raise ValueError(f"eta is {eta}; give 0 or more (sampling.eta).")
     if kind == "cps" and eta > 1:
         raise ValueError(
-            f"eta is {eta} with kind 'cps', whose noise sigma sin(eta pi / 2) falls again beyond 1: "
+            f"eta is {eta} with kind 'cps', whose noise sin(eta pi / 2) falls again beyond 1: "
             "lower sampling.eta to 1 or less, or choose 'flow' for sampling.sde."
         )

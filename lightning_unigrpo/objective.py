@@ -3,12 +3,11 @@ r"""The objective: what UniGRPO changes in FlowGRPO, and the terms that both are
 1. Reasoning and image are one Markov decision process with one reward at its end: the tokens of the
    chain of thought and the denoising steps share one group-relative advantage, and one loss trains
    both experts, ``-J = -J_text - lambda J_flow + gamma MSE``.
-2. No classifier-free guidance while training: rollouts stay one linear chain, one branch a step. 3.
-RatioNorm (:func:`ratio_norm`, from GRPO-Guard): the importance ratio of a denoising step is centred
-   and rescaled, so that one clip range fits all noise levels.
+2. No classifier-free guidance while training: rollouts stay one linear chain, one branch a step.
+3. RatioNorm (:func:`ratio_norm`, from GRPO-Guard): the importance ratio of a denoising step is
+   centred and rescaled, so that one clip range fits all noise levels.
 4. A mean squared error between the velocities of policy and reference (:func:`velocity_mse`)
-replaces
-   the latent KL (:func:`latent_kl`), which weighs noise levels very unevenly.
+   replaces the latent KL (:func:`latent_kl`), which weighs noise levels very unevenly.
 
 Source: UniGRPO, https://arxiv.org/abs/2603.23500. Shape letters: ``N`` latent tokens, ``C`` latent
 channels, ``D = N C``, ``[*]`` any leading dimensions. Ratios are new over old policy.
@@ -66,8 +65,8 @@ def clipped_surrogate(
     contributes a constant and no gradient. ``min`` of two tensors would halve the gradient on ties,
     and at clip ranges of 1e-6, eight float32 numbers wide, ties are frequent.
 
-    Source: PPO, https://arxiv.org/abs/1707.06347; UniGRPO, https://arxiv.org/abs/2603.23500, Eqs.
-    2, 6.
+    Source: PPO, https://arxiv.org/abs/1707.06347; UniGRPO, https://arxiv.org/abs/2603.23500,
+    Eqs. 2 and 6.
 
     Args:
         log_ratio: ``[*]`` new minus old log-probability, nats, any float dtype.
@@ -83,7 +82,8 @@ def clipped_surrogate(
 
     Example:
         >>> log_ratio = torch.tensor([2.0, 0.5, 2.0]).log()
-        >>> clipped_surrogate(log_ratio, torch.tensor([1.0, 1.0, -1.0]), clip_low=0.2, clip_high=0.2)
+        >>> advantage = torch.tensor([1.0, 1.0, -1.0])
+        >>> clipped_surrogate(log_ratio, advantage, clip_low=0.2, clip_high=0.2)
         (tensor([-1.2000, -0.5000,  2.0000]), tensor([ True, False, False]))
     """
     low, high = log_clip_bounds(clip_low, clip_high)
@@ -220,9 +220,9 @@ def inverse_step_weight(sigma: Tensor, sigma_next: Tensor) -> Tensor:
     ``1 / h = 1 / (sigma - sigma_next)``
 
     It undoes the step size that RatioNorm leaves in the gradient. Warning: on Bagel's 25 points it
-    is 72 at the first step and 44 at the fifth, and it multiplies J_flow only: learning rate, clip
-    norm and the meaning of gamma (the weight of the velocity error) change with it. UniGRPO does
-    not say whether it is used.
+    is 70 at step 0, 55 at step 4 and 9 at the last, and it multiplies J_flow only: learning rate,
+    clip norm and the meaning of gamma (the weight of the velocity error) change with it. UniGRPO
+    does not say whether it is used.
 
     Source: GRPO-Guard, https://arxiv.org/abs/2510.22319 (gradient reweighting).
 
@@ -321,8 +321,8 @@ def k3_kl(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
 def rescale_clip(clip: float, *, latent_size: int, reference_size: int) -> float:
     r"""Carry a clip range of the flow ratio over to another latent size.
 
-    ``clip sqrt(D_ref / D)``: a log-ratio that is a mean over D independent numbers falls as 1 /
-    sqrt(D).
+    ``clip sqrt(D_ref / D)``: a log-ratio that is a mean over D independent numbers falls as
+    ``1 / sqrt(D)``.
 
     Source: own derivation; the paper's 1e-6 belongs to D_ref = 64 * 64 * 64 (1024 px, Bagel).
 

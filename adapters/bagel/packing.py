@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -95,8 +96,11 @@ class Packer:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
+@lru_cache(maxsize=64)
 def latent_ids(grid: Grid, side: int) -> Tensor:
-    """Return ``[h * w]`` rows of the position table, ``i * side + j``; no centring, no interpolation.
+    """Return ``[h * w]`` rows of the position table, ``i * side + j``; shared, so do not write to it.
+
+    No centring and no interpolation, at any grid.
 
     Raises:
         ValueError: when the grid is larger than the table.
