@@ -179,12 +179,12 @@ def _moments(values: Tensor, known: Tensor, index: Tensor) -> tuple[Tensor, Tens
     """Return mean and population std of each rollout's group, and who is comparable: ``[n]``."""
     per_group = values.new_zeros(len(index))  # never more groups than rollouts
     filled = values.where(known, 0.0)
-    count = per_group.index_add(0, index, known.to(values.dtype))[index]
-    size = count.clamp_min(1)
+    size = per_group.index_add(0, index, known.to(values.dtype))[index].clamp_min(1)
     mean = per_group.index_add(0, index, filled)[index] / size
     square = (filled - mean).square().where(known, 0.0)
     std = (per_group.index_add(0, index, square)[index] / size).sqrt()
-    live = known & (count >= 2) & (std > _NO_SPREAD * mean.abs().clamp_min(1))
+    # One known reward alone has std 0, and fails here as well.
+    live = known & (std > _NO_SPREAD * mean.abs().clamp_min(1))
     return mean, std, live
 
 

@@ -357,11 +357,6 @@ class UniGRPOModule(LightningModule):
         chunks = rollout(self.adapter, starts, self.sampling, evaluate=True, progress=self.progress)
         return [trajectory for chunk in chunks for trajectory in chunk]
 
-    @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave prompts where they are: Lightning would rebuild each one, and they are frozen."""
-        return batch
-
     # ---- prompts, when the user brings no datamodule
 
     @override

@@ -93,9 +93,10 @@ def draw_tokens(
     else:
         # float64: a float32 cumulative sum over 150,000 tokens would lose the rare ones.
         cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-        target = (uniforms.to(cdf) * cdf[..., -1]).unsqueeze(-1)
-        tokens = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-        tokens = tokens.clamp_max(logits.shape[-1] - 1)
+        total = cdf[..., -1]
+        # Rounding must not push the target to the total, where only impossible tokens are left.
+        target = torch.minimum(uniforms.to(cdf) * total, total.nextafter(torch.zeros_like(total)))
+        tokens = torch.searchsorted(cdf, target.unsqueeze(-1), right=True).squeeze(-1)
     return tokens, token_log_probs(logits, tokens, temperature=temperature)[0]
 
 

@@ -24,9 +24,9 @@ Grid: TypeAlias = tuple[int, int]
 """Latent tokens per column and per row, ``(h, w)``; ``N = h * w``, row-major."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Prompt:
-    """What the user asked for."""
+    """What the user asked for. Not frozen, because Lightning moves its images to the device."""
 
     text: str
     """The request, in words."""

@@ -60,7 +60,9 @@ def test_clamp() -> None:
     rewards = torch.zeros(101)
     rewards[0] = 1.0
     groups = torch.zeros(101, dtype=torch.int64)
-    assert group_advantages(rewards, groups, eps=0.0, clamp=INF).values[0].item() == pytest.approx(10)
+    assert group_advantages(rewards, groups, eps=0.0, clamp=INF).values[0].item() == pytest.approx(
+        10
+    )
     assert group_advantages(rewards, groups, eps=0.0).values[0].item() == 5.0
 
 
@@ -112,7 +114,7 @@ def test_nothing_at_all() -> None:
 def reference_gdpo(
     rewards: np.ndarray, groups: np.ndarray, weights: np.ndarray, *, eps: float
 ) -> np.ndarray:
-    """GDPO for a table without gaps: normalise each column in each group, add, normalise the batch."""
+    """GDPO for a full table: normalise columns group by group, add, normalise the batch."""
     z = np.zeros_like(rewards)
     for g in set(groups.tolist()):
         block = rewards[groups == g]
@@ -168,6 +170,14 @@ def test_gdpo_ignores_kinds_of_weight_0() -> None:
     with_it = gdpo_advantages(rewards, groups, torch.tensor([0.0, 1.0])).values
     alone = gdpo_advantages(rewards[:, 1:], groups, torch.tensor([1.0])).values
     assert torch.equal(with_it, alone)
+
+
+def test_gdpo_needs_a_kind_that_counts() -> None:
+    # The last rollout is known in the kind of weight 0 only.
+    rewards, groups = torch.tensor([[1.0, 5.0], [2.0, 6.0], [NAN, 7.0]]), torch.zeros(3).long()
+    values, usable = gdpo_advantages(rewards, groups, torch.tensor([1.0, 0.0]), eps=0.0)
+    assert usable.tolist() == [True, True, False]
+    assert values.tolist() == [-1.0, 1.0, 0.0]
 
 
 def test_gdpo_weighs_kinds_not_units() -> None:

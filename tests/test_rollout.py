@@ -99,8 +99,8 @@ def test_tokens_follow_the_tempered_distribution() -> None:
 
 def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(4, 5)
-    tokens, _ = draw_tokens(logits, torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-12]), 1.0)
-    assert tokens.tolist() == [1, 1, 3, 3]
+    tokens, _ = draw_tokens(logits, torch.tensor([0.0, 0.4999, 0.5, 1.0]), 1.0)
+    assert tokens.tolist() == [1, 1, 3, 3]  # 1.0: a uniform that rounding pushed to the edge
 
 
 def test_texts_stop_or_are_cut() -> None:
@@ -139,7 +139,7 @@ def test_evaluation_is_an_euler_loop_over_the_velocity() -> None:
     cache = adapter.prefill([context])
     image = got.segments[-1]
     assert isinstance(image, ImageSegment) and not image.is_sampled
-    draws = Draws(SAMPLING.seed, 0)
+    draws = Draws(0, 0)
     grid = adapter.image_grid(PROMPTS[0])
     x = draws.normals([Start(PROMPTS[0], 0, 0)], 1, 1, (grid[0] * grid[1], adapter.latent_channels))
     sigmas = sigma_schedule(SAMPLING.eval_num_timesteps, shift=1.0, convention="steps")

@@ -1,0 +1,276 @@
+"""Prompts: files, the order in which training sees them, and loaders that resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from typing_extensions import override
+
+from lightning_unigrpo.types import Defaults, Prompt
+
+Split = Literal["train", "val", "test", "predict"]
+FIRST_ID: dict[Split, int] = {"train": 0, "val": 10**9, "test": 2 * 10**9, "predict": 3 * 10**9}
+"""Ids key the random draws; the splits' ids never meet."""
+
+
+def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train") -> list[Prompt]:
+    """Read prompts from a file.
+
+    ``.txt``: one prompt a line. ``.jsonl``, ``.json`` (a list of records) and ``.csv``: the column
+    ``prompt`` (or ``text``) is the request, every other column reaches the rewards by its name.
+
+    Args:
+        path: the file.
+        first_id: id of its first prompt.
+        key: the setting that named the file, for error messages.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it holds no prompts, or a record without one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{key} is {str(path)!r}, which is not a file.")
+    records = _records(path, key)
+    if not records:
+        raise ValueError(f"{key}: {path} holds no prompts; give one per line.")
+    prompts = []
+    for number, record in enumerate(records):
+        columns = dict(record)
+        text = columns.pop("prompt", None) or columns.pop("text", None)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{key}: record {number + 1} of {path} has no 'prompt' (or 'text'); it has "
+                f"{sorted(record)}."
+            )
+        prompts.append(Prompt(text=text, id=first_id + number, columns=columns))
+    return prompts
+
+
+def _records(path: Path, key: str) -> list[dict[str, Any]]:
+    content = path.read_text(encoding="utf-8")
+    lines = [line for line in content.splitlines() if line.strip()]
+    if path.suffix == ".txt":
+        return [{"prompt": line.strip()} for line in lines]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(content.splitlines()))
+    if path.suffix not in {".json", ".jsonl"}:
+        raise ValueError(f"{key}: {path} is neither .txt, .jsonl, .json nor .csv.")
+    try:
+        records = json.loads(content or "[]") if path.suffix == ".json" else [json.loads(x) for x in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key}: {path} is not valid JSON ({error}).") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{key}: {path} must hold objects such as {{\"prompt\": \"a red cube\"}}.")
+    return records
+
+
+class PromptDataset(Dataset[Prompt]):
+    """A list of prompts."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        """Return one."""
+        return self.prompts[index]
+
+
+class PromptSampler(DistributedSampler[Prompt]):
+    """The order of training prompts: a permutation per pass, a function of (seed, pass) alone.
+
+    Every rank sees the same prompts; ``RolloutGrouping`` decides which rank draws which rollouts. A
+    subclass of ``DistributedSampler`` because Lightning replaces and shuffles any other.
+
+    Args:
+        dataset: the prompts.
+        batch_size: prompts per iteration; a pass leaves out what does not fill one.
+        seed: of the permutations.
+    """
+
+    def __init__(self, dataset: PromptDataset, *, batch_size: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        self.batch_size = batch_size
+        self.batches = len(dataset) // batch_size
+        self.position = 0
+        """Batches handed out since the beginning of training."""
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        done, first = divmod(self.position, self.batches)
+        order = np.random.default_rng((self.seed, done)).permutation(size)
+        for batch in range(first, self.batches):
+            # Counted before it is handed out: Lightning never asks for what comes after the last.
+            self.position = done * self.batches + batch + 1
+            yield from order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+
+    @override
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+
+class PromptLoader(DataLoader[Prompt]):
+    """A loader of prompt lists that continues where its state says, in the middle of a pass too."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the stream, the same on every rank."""
+        return {"position": self._prompts().position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue behind the batches already served."""
+        self._prompts().position = state["position"]
+
+    def _prompts(self) -> PromptSampler:
+        assert isinstance(self.sampler, PromptSampler)
+        return self.sampler
+
+
+class ShardSampler(DistributedSampler[Prompt]):
+    """Evaluation prompts in order, dealt to ranks without repeating or dropping any."""
+
+    def __init__(self, dataset: PromptDataset) -> None:
+        super().__init__(dataset, shuffle=False, **_ranks())
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    @override
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def _ranks() -> dict[str, int]:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not ready:
+        return {"num_replicas": 1, "rank": 0}
+    return {"num_replicas": torch.distributed.get_world_size(), "rank": torch.distributed.get_rank()}
+
+
+class PromptDataModule(LightningDataModule):
+    """Training, validation, test and prediction prompts.
+
+    What is left out comes from the adapter's defaults.
+
+    Args:
+        train: a file (see :func:`read_prompts`) or a list of prompts.
+        val: held-out prompts for validation.
+        test: held-out prompts for the final report.
+        predict: a file, or requests in words.
+        prompts_per_iteration: prompts of one iteration, over all ranks (paper: 32).
+        eval_batch_size: prompts drawn together in evaluation.
+        seed: of the order of training prompts; ``None`` = that of the module's sampling.
+    """
+
+    def __init__(
+        self,
+        train: str | list[Prompt] | None = None,
+        val: str | list[Prompt] | None = None,
+        test: str | list[Prompt] | None = None,
+        predict: str | list[str] | None = None,
+        prompts_per_iteration: int = 32,
+        eval_batch_size: int = 64,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("prompts_per_iteration", prompts_per_iteration),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}; it must be 1 or more.")
+        self.given = {"train": train, "val": val, "test": test}
+        self.requests = predict
+        self.prompts_per_iteration, self.eval_batch_size = prompts_per_iteration, eval_batch_size
+        self.seed = seed
+        self._read: dict[str, Sequence[Prompt]] = {}
+        # Read now: a missing or empty file should not wait for the weights to load.
+        for split, source in self.given.items():
+            if source is not None:
+                self._read[split] = self._load(split, source)  # type: ignore[arg-type]
+        if predict is not None:
+            self._read["predict"] = self._load_requests(predict)
+
+    def _load(self, split: Split, source: str | list[Prompt]) -> Sequence[Prompt]:
+        if isinstance(source, list):
+            if not source:
+                raise ValueError(f"data.{split} is an empty list; give at least one prompt.")
+            return source
+        return read_prompts(source, first_id=FIRST_ID[split], key=f"data.{split}")
+
+    @staticmethod
+    def _load_requests(source: str | list[str]) -> Sequence[Prompt]:
+        first = FIRST_ID["predict"]
+        if isinstance(source, str) and Path(source).is_file():
+            return read_prompts(source, first_id=first, key="data.predict")
+        words = [source] if isinstance(source, str) else source
+        if not words or not all(word.strip() for word in words):
+            raise ValueError("data.predict holds no prompts; give a file, or requests in words.")
+        return [Prompt(text=text, id=first + i) for i, text in enumerate(words)]
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """Return the prompts of a split, from the user or from the adapter.
+
+        Raises:
+            ValueError: when neither has any.
+        """
+        if split not in self._read:
+            defaults: Defaults | None = None
+            if split != "predict" and self.trainer is not None:
+                defaults = self.trainer.lightning_module.adapter.defaults()  # type: ignore[union-attr, operator]
+            if defaults is None:
+                raise ValueError(
+                    f"There are no prompts: set data.{split}"
+                    + (", for example --data.predict '[\"three plus four\"]'." if split == "predict" else ".")
+                )
+            self._read[split] = getattr(defaults, split)
+        return self._read[split]
+
+    @override
+    def train_dataloader(self) -> PromptLoader:
+        data = PromptDataset(self.prompts("train"))
+        if len(data) < self.prompts_per_iteration:
+            raise ValueError(
+                f"data.prompts_per_iteration is {self.prompts_per_iteration}, but there are only "
+                f"{len(data)} training prompts; lower it."
+            )
+        sampler = PromptSampler(data, batch_size=self.prompts_per_iteration, seed=self._seed())
+        return PromptLoader(
+            data, batch_size=self.prompts_per_iteration, sampler=sampler, collate_fn=list
+        )
+
+    def _seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        return self.trainer.lightning_module.sampling.seed if self.trainer else 0  # type: ignore[union-attr, return-value]
+
+    @override
+    def val_dataloader(self) -> DataLoader[Prompt]:
+        return self._evaluation("val")
+
+    @override
+    def test_dataloader(self) -> DataLoader[Prompt]:
+        return self._evaluation("test")
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        return self._evaluation("predict")
+
+    def _evaluation(self, split: Split) -> DataLoader[Prompt]:
+        data = PromptDataset(self.prompts(split))
+        return DataLoader(
+            data, batch_size=self.eval_batch_size, sampler=ShardSampler(data), collate_fn=list
+        )
