@@ -32,8 +32,8 @@ from lightning_unigrpo.adapters.digits import DigitsAdapter
 from lightning_unigrpo.config import Objective, Sampling
 from lightning_unigrpo.flow import sigma_schedule
 from lightning_unigrpo.loss import count, trajectory_loss
-from lightning_unigrpo.rollout import Draws, Start, _Chunk, rollout, sample_image, sample_text
-from lightning_unigrpo.types import ImageSegment, TextSegment, Trajectory, sampled
+from lightning_unigrpo.rollout import Draws, Start, _Chunk, sample_image, sample_text
+from lightning_unigrpo.types import ImageSegment, Trajectory, sampled
 
 PROMPTS, GROUP = 16, 8
 
@@ -77,7 +77,11 @@ def clock(parts: dict[str, float], name: str, work: Callable[[], object]) -> obj
 
 @torch.no_grad()
 def draw(
-    adapter: DigitsAdapter, starts: list[Start], sampling: Sampling, variant: Variant, parts: dict[str, float]
+    adapter: DigitsAdapter,
+    starts: list[Start],
+    sampling: Sampling,
+    variant: Variant,
+    parts: dict[str, float],
 ) -> list[Trajectory]:
     """Draw one collection step by step, with the economies of the variant."""
     draws = Draws(0, 0)
@@ -103,7 +107,9 @@ def draw(
     grid = adapter.image_grid(prompts[0])
     shape = (grid[0] * grid[1], adapter.latent_channels)
     chunk = _Chunk(adapter, starts, sampling, 0, False, None)
-    sigmas = sigma_schedule(sampling.num_timesteps, shift=sampling.shift, convention=sampling.schedule)
+    sigmas = sigma_schedule(
+        sampling.num_timesteps, shift=sampling.shift, convention=sampling.schedule
+    )
     images = clock(
         parts,
         "denoise",
@@ -184,11 +190,16 @@ def window(trajectory: Trajectory, steps: slice) -> Trajectory:
             )
         segments.append(s)
     return Trajectory(
-        prompt=trajectory.prompt, segments=segments, group=trajectory.group, member=trajectory.member
+        prompt=trajectory.prompt,
+        segments=segments,
+        group=trajectory.group,
+        member=trajectory.member,
     )
 
 
-def iteration(adapter: DigitsAdapter, variant: Variant, sampling: Sampling) -> tuple[dict[str, float], torch.Tensor]:
+def iteration(
+    adapter: DigitsAdapter, variant: Variant, sampling: Sampling
+) -> tuple[dict[str, float], torch.Tensor]:
     """Run one iteration and return its process time by part, and the gradient."""
     parts: dict[str, float] = {}
     defaults = adapter.defaults()
@@ -231,7 +242,9 @@ def main() -> None:
     for name, gradient in gradients.items():
         error = float((gradient - gradients["naive"]).norm() / gradients["naive"].norm())
         if error > 1e-3:
-            raise RuntimeError(f"the gradient of '{name}' differs from the naive one by {error:.1e}")
+            raise RuntimeError(
+                f"the gradient of '{name}' differs from the naive one by {error:.1e}"
+            )
     report(runs, args.out)
 
 
@@ -253,7 +266,10 @@ def report(runs: dict[str, list[dict[str, float]]], out: Path | None) -> None:
     Console().print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+        }
         record = {"machine": machine, "split": split, "total": total, "ratio": ratio}
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """UniGRPO without Lightning: the whole algorithm as one loop over adapter, rollout and loss.
 
-    python examples/plain_loop.py --iterations 60
+python examples/plain_loop.py --iterations 60
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main() -> None:
             for member in range(sampling.group_size)
         ]
         adapter.eval()
-        trajectories = [t for chunk in rollout(adapter, starts, sampling, iteration=iteration) for t in chunk]
+        trajectories = [
+            t for chunk in rollout(adapter, starts, sampling, iteration=iteration) for t in chunk
+        ]
         scores = reward(
             images=torch.stack([t.image for t in trajectories]),
             answer=[t.prompt.columns["answer"] for t in trajectories],

@@ -15,8 +15,17 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from lightning_unigrpo.types import Defaults, Grid, ImageSegment, Prompt, Scores, Segment, Trajectory
+from lightning_unigrpo.types import (
+    Defaults,
+    Grid,
+    ImageSegment,
+    Prompt,
+    Scores,
+    Segment,
+    Trajectory,
+)
 
 C = TypeVar("C", bound="Cache")
 
@@ -32,7 +41,7 @@ class Cache(ABC):
     def select(self: C, rows: Tensor) -> C:
         """Return a new cache with the rows ``[n]`` (int64, any order, repeats allowed)."""
 
-    def expand(self: C, counts: Sequence[int]) -> C:
+    def expand(self, counts: Sequence[int]) -> Self:
         """Return a new cache in which row b stands ``counts[b]`` times, in order."""
         repeats = torch.as_tensor(counts)
         return self.select(torch.arange(len(self)).repeat_interleave(repeats))
@@ -132,7 +141,9 @@ class Adapter(nn.Module, ABC):
         Returns:
             ``[B, N, C]`` float32.
         """
-        raise TypeError(f"{type(self).__name__} does not draw with a flow: image_policy is 'tokens'.")
+        raise TypeError(
+            f"{type(self).__name__} does not draw with a flow: image_policy is 'tokens'."
+        )
 
     def next_image_logits(self, cache: Cache, tokens: Tensor, step: int, grid: Grid) -> ImageLogits:
         """Return the logits of one sampling step of a discrete image.
@@ -211,7 +222,9 @@ def token_log_probs(
         >>> log_prob, entropy
         (tensor([-1.3863]), tensor([1.3863]))
     """
-    log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(
+        -1
+    )
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)
     return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy

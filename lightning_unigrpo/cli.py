@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lightning_unigrpo.callbacks import IterationCheckpoint, RunReport
@@ -20,7 +22,9 @@ class UniGRPOCLI(LightningCLI):
     def after_fit(self) -> None:
         """Measure the trained model and write the report, unless the run was interrupted."""
         report = self._report()
-        checkpoints = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)]
+        checkpoints = [
+            c for c in self.trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)
+        ]
         if report is not None and not any(c.interrupted for c in checkpoints):
             self.trainer.test(self.model, self.datamodule, verbose=False)
             if self.trainer.is_global_zero:
@@ -31,8 +35,10 @@ class UniGRPOCLI(LightningCLI):
         return next((c for c in callbacks if isinstance(c, RunReport)), None)
 
 
-def main(args: ArgsType = None) -> UniGRPOCLI:
-    """Run the command line; ``args`` as in ``sys.argv[1:]``, which ``None`` reads."""
+def run(args: ArgsType = None) -> UniGRPOCLI:
+    """Run the command line and return what it built; ``args`` as in ``sys.argv[1:]``."""
+    # https://github.com/Lightning-AI/pytorch-lightning/issues/21326: nothing a user could act on
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
     return UniGRPOCLI(
         UniGRPOModule,
         PromptDataModule,
@@ -41,6 +47,11 @@ def main(args: ArgsType = None) -> UniGRPOCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
     )
+
+
+def main() -> None:
+    """Run the command line."""
+    run()
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Sampling:
         low, high = self.window_range
         usable = num_steps(self.num_timesteps, self.schedule) - 1
         _require(
-            0 <= low and low + self.window_size <= min(high, usable),
+            low >= 0 and low + self.window_size <= min(high, usable),
             f"sampling.window_size {self.window_size} does not fit into sampling.window_range "
             f"[{low}, {high}) of a schedule with {usable + 1} steps, whose last step is never "
             f"stochastic: the window must lie in [0, {usable}). Change sampling.window_size, "
@@ -147,7 +147,8 @@ class Objective:
     flow_clip_high: float = 1e-6
     """Upper clip of the flow ratio (paper: 1e-6)."""
     clip_reference_size: int | None = None
-    """Latent numbers D_ref the flow clips were chosen for: they are rescaled by sqrt(D_ref / D). None = as given."""
+    """Latent numbers D_ref the flow clips were chosen for: they are rescaled by sqrt(D_ref / D).
+    ``None`` = as given."""
     ratio_norm: bool = True
     """RatioNorm (paper, Eq. 5) instead of the plain ratio."""
     inverse_step_weight: bool = False
@@ -169,7 +170,8 @@ class Objective:
     combine_rewards: Literal["sum", "gdpo"] = "sum"
     """Weighted sum, then group normalisation; or each reward normalised first (GDPO)."""
     truncation_reward: float | None = 0.0
-    """Reward of a rollout whose text hit the length limit; ``None`` = as scored. Without the rule the stop token drifts away."""
+    """Reward of a rollout whose text hit the length limit; ``None`` = as scored. Without this rule the
+    stop token drifts away."""
     old_log_prob: Literal["auto", "rollout", "recompute"] = "auto"
     """Old policy terms: as sampled, or recomputed by the training path; ``auto`` = as sampled in float32."""
 

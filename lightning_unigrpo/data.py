@@ -6,14 +6,14 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from lightning_unigrpo.distributed import rank, world_size
 from lightning_unigrpo.types import Defaults, Prompt
 
 Split = Literal["train", "val", "test", "predict"]
@@ -65,11 +65,15 @@ def _records(path: Path, key: str) -> list[dict[str, Any]]:
     if path.suffix not in {".json", ".jsonl"}:
         raise ValueError(f"{key}: {path} is neither .txt, .jsonl, .json nor .csv.")
     try:
-        records = json.loads(content or "[]") if path.suffix == ".json" else [json.loads(x) for x in lines]
+        records = (
+            json.loads(content or "[]")
+            if path.suffix == ".json"
+            else [json.loads(x) for x in lines]
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: {path} is not valid JSON ({error}).") from error
     if not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{key}: {path} must hold objects such as {{\"prompt\": \"a red cube\"}}.")
+        raise ValueError(f'{key}: {path} must hold objects such as {{"prompt": "a red cube"}}.')
     return records
 
 
@@ -88,7 +92,7 @@ class PromptDataset(Dataset[Prompt]):
         return self.prompts[index]
 
 
-class PromptSampler(DistributedSampler[Prompt]):
+class PromptSampler(DistributedSampler[int]):
     """The order of training prompts: a permutation per pass, a function of (seed, pass) alone.
 
     Every rank sees the same prompts; ``RolloutGrouping`` decides which rank draws which rollouts. A
@@ -101,7 +105,7 @@ class PromptSampler(DistributedSampler[Prompt]):
     """
 
     def __init__(self, dataset: PromptDataset, *, batch_size: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        super().__init__(cast(Any, dataset), num_replicas=1, rank=0, shuffle=True, seed=seed)
         self.batch_size = batch_size
         self.batches = len(dataset) // batch_size
         self.position = 0
@@ -138,11 +142,11 @@ class PromptLoader(DataLoader[Prompt]):
         return self.sampler
 
 
-class ShardSampler(DistributedSampler[Prompt]):
+class ShardSampler(DistributedSampler[int]):
     """Evaluation prompts in order, dealt to ranks without repeating or dropping any."""
 
     def __init__(self, dataset: PromptDataset) -> None:
-        super().__init__(dataset, shuffle=False, **_ranks())
+        super().__init__(cast(Any, dataset), num_replicas=world_size(), rank=rank(), shuffle=False)
 
     @override
     def __iter__(self) -> Iterator[int]:
@@ -151,13 +155,6 @@ class ShardSampler(DistributedSampler[Prompt]):
     @override
     def __len__(self) -> int:
         return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
-
-
-def _ranks() -> dict[str, int]:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not ready:
-        return {"num_replicas": 1, "rank": 0}
-    return {"num_replicas": torch.distributed.get_world_size(), "rank": torch.distributed.get_rank()}
 
 
 class PromptDataModule(LightningDataModule):
@@ -234,7 +231,11 @@ class PromptDataModule(LightningDataModule):
             if defaults is None:
                 raise ValueError(
                     f"There are no prompts: set data.{split}"
-                    + (", for example --data.predict '[\"three plus four\"]'." if split == "predict" else ".")
+                    + (
+                        ", for example --data.predict '[\"three plus four\"]'."
+                        if split == "predict"
+                        else "."
+                    )
                 )
             self._read[split] = getattr(defaults, split)
         return self._read[split]

@@ -103,7 +103,9 @@ def beyond_bounds(figures: Mapping[str, float], guard: Guard, *, exact: bool) ->
         given = getattr(guard, name)
         value, bound = figures[f"guard/{name}"], bounds[name] if given is None else given
         if not value <= bound:  # NaN counts as beyond
-            found.append(f"  {name}: {value:.3g}, bound {bound:.3g} (model.guard.{name}); look at {advice}.")
+            found.append(
+                f"  {name}: {value:.3g}, bound {bound:.3g} (model.guard.{name}); look at {advice}."
+            )
     if not found:
         return None
     return (

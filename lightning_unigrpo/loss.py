@@ -193,7 +193,9 @@ def trajectory_loss(
 
 
 def _known(value: Tensor | None) -> Tensor:
-    assert value is not None, "a sampled segment lacks a value its rollout or reference should have set"
+    assert value is not None, (
+        "a sampled segment lacks a value its rollout or reference should have set"
+    )
     return value
 
 
@@ -261,7 +263,9 @@ def _flow_terms(
         steps = Transitions.stack(images)
         mean, std = steps.moments(velocity, sampling)
         share = 1.0 / (velocity.shape[1] * counts.images)  # mean over steps, then over images
-        flow = flow + share * _surrogate(steps, mean, std, images, objective, sampling, share, metrics)
+        flow = flow + share * _surrogate(
+            steps, mean, std, images, objective, sampling, share, metrics
+        )
         if objective.needs_ref_velocity:
             reference = torch.stack([_known(image.ref_velocity) for image in images])
             error = velocity_mse(velocity, reference, reduction=objective.mse_reduction)

@@ -37,7 +37,6 @@ from lightning_unigrpo.reward import RewardRunner, combine, reward_names
 from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import (
     Defaults,
-    ImageSegment,
     Prompt,
     Scores,
     TextSegment,
@@ -90,9 +89,18 @@ class UniGRPOModule(LightningModule):
         self._rewards = self._choose_rewards(rewards, defaults)
         self._prompts = prompts
         self._guarded = True  # nothing sampled yet that could be compared
-        names = ["reward", *(f"reward/{n}" for n in reward_names(self._rewards)), "stopped", "text_length"]
+        names = [
+            "reward",
+            *(f"reward/{n}" for n in reward_names(self._rewards)),
+            "stopped",
+            "text_length",
+        ]
         self.evaluation = nn.ModuleDict(
-            {f"{stage}/{name}": MeanMetric(nan_strategy="ignore") for stage in ("val", "test") for name in names}
+            {
+                f"{stage}/{name}": MeanMetric(nan_strategy="ignore")
+                for stage in ("val", "test")
+                for name in names
+            }
         )
         self._refuse_dropout()
 
@@ -333,21 +341,28 @@ class UniGRPOModule(LightningModule):
     # ---- evaluation
 
     @override
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> Experience:
-        return self._evaluate(batch, "val")
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Experience]:
+        return {"experience": self._evaluate(batch, "val")}
 
     @override
-    def test_step(self, batch: list[Prompt], batch_idx: int) -> Experience:
-        return self._evaluate(batch, "test")
+    def test_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Experience]:
+        return {"experience": self._evaluate(batch, "test")}
 
     def _evaluate(self, prompts: Sequence[Prompt], stage: str) -> Experience:
         """Draw one trajectory per prompt (greedy text, ODE, guidance if asked for) and score it."""
         starts = [Start(prompt, prompt.id, 0) for prompt in prompts]
         experience = self._experience(starts, evaluate=True)
-        for name, values in evaluation_values(experience, self.objective).items():
+        scores = evaluation_values(experience, self.objective)
+        for trajectory, reward in zip(
+            experience.trajectories, scores["reward"].tolist(), strict=True
+        ):
+            trajectory.reward = reward
+        for name, values in scores.items():
             metric = cast(MeanMetric, self.evaluation[f"{stage}/{name}"])
             metric.update(values)
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(prompts))
+            self.log(
+                f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(prompts)
+            )
         return experience
 
     @override

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_unigrpo.types import Trajectory
 
@@ -94,7 +95,9 @@ def wrap(rewards: Sequence[Callable[..., Any]]) -> list[Reward]:
     if len(set(names)) < len(names):
         raise ValueError(f"model.rewards: the names {names} are not unique; set Reward.name.")
     if not any(r.weight for r in wrapped):
-        raise ValueError(f"model.rewards: every weight of {names} is 0, so nothing would be learned.")
+        raise ValueError(
+            f"model.rewards: every weight of {names} is 0, so nothing would be learned."
+        )
     return wrapped
 
 
@@ -147,7 +150,7 @@ class RewardRunner:
         self._details: dict[str, list[float]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
-    def __enter__(self) -> RewardRunner:
+    def __enter__(self) -> Self:
         """Begin."""
         return self
 
@@ -203,7 +206,8 @@ class RewardRunner:
             raise outcome.error
         if name not in self.failures:
             warnings.warn(
-                f"Reward '{name}' failed; {count} rollouts stay unscored.\n{outcome.trace}", stacklevel=3
+                f"Reward '{name}' failed; {count} rollouts stay unscored.\n{outcome.trace}",
+                stacklevel=3,
             )
         self.failures[name] = self.failures.get(name, 0) + count
         return torch.full((count,), torch.nan)
@@ -239,7 +243,7 @@ class _Outcome:
 def _attempt(reward: Reward, columns: Mapping[str, Any]) -> _Outcome:
     try:
         return _Outcome(reward(**columns))
-    except Exception as error:  # noqa: BLE001 - whatever a user's reward raises, rollouts must survive
+    except Exception as error:
         return _Outcome(error=error, trace=traceback.format_exc(limit=-3))
 
 
@@ -249,7 +253,7 @@ def _await(future: Future[Any], reward: Reward) -> _Outcome:
     except FutureTimeout:
         error = TimeoutError(f"no answer within Reward.timeout = {reward.timeout} s")
         return _Outcome(error=error, trace=str(error))
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         return _Outcome(error=error, trace=traceback.format_exc(limit=-3))
 
 
@@ -267,5 +271,7 @@ def gather_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     columns["prompts"] = [t.prompt.text for t in trajectories]
     columns["completions"] = [t.completion for t in trajectories]
     if images:
-        columns["images"] = torch.stack(images).detach().float() if same else [i.detach() for i in images]
+        columns["images"] = (
+            torch.stack(images).detach().float() if same else [i.detach() for i in images]
+        )
     return columns

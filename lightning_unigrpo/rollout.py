@@ -235,9 +235,7 @@ class _Window:
         self.velocity[rows, k] = velocity[rows]
         self.states[rows, k + 1] = x_next[rows]
 
-    def segments(
-        self, x: Tensor, sigmas: Tensor, noise: Tensor, grid: Grid
-    ) -> list[ImageSegment]:
+    def segments(self, x: Tensor, sigmas: Tensor, noise: Tensor, grid: Grid) -> list[ImageSegment]:
         return [
             ImageSegment(
                 latent=x[b],
@@ -357,7 +355,9 @@ class _Chunk:
         counts = [count for _, count in runs]
         cache = self.adapter.prefill(given).expand(counts)
         self.rows: list[list[Segment]] = [
-            list(segments) for segments, count in zip(given, counts, strict=True) for _ in range(count)
+            list(segments)
+            for segments, count in zip(given, counts, strict=True)
+            for _ in range(count)
         ]
         self.device = next(self.adapter.net.parameters()).device
         for place, kind in enumerate(self.sampling.plan):
@@ -476,7 +476,7 @@ class _Chunk:
                 i.latent if isinstance(i, ImageSegment) else i.tokens
                 for i in (last[b] for b in members)
             ]
-            for b, pixels in zip(members, self.adapter.decode(torch.stack(codes), grid), strict=True):
+            for b, pixels in zip(
+                members, self.adapter.decode(torch.stack(codes), grid), strict=True
+            ):
                 trajectories[b].image = pixels
-
-

@@ -5,6 +5,7 @@ Sizes, tolerances and cases come from the files, so another set of the same layo
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -111,7 +112,9 @@ def test_text_logits_of_the_cached_path(adapter: BagelAdapter, name: str) -> Non
         torch.testing.assert_close(got, CASES[f"a_text_logits/{name}"][step], atol=ATOL, rtol=0)
 
 
-def greedy(adapter: BagelAdapter, contexts: list[list[TextSegment]], steps: int) -> tuple[Tensor, Tensor]:
+def greedy(
+    adapter: BagelAdapter, contexts: list[list[TextSegment]], steps: int
+) -> tuple[Tensor, Tensor]:
     cache = adapter.prefill(contexts)
     active = torch.ones(len(contexts), dtype=torch.bool)
     fed = torch.full((len(contexts),), adapter.config.bos)
@@ -188,7 +191,7 @@ def test_ode_sampling(adapter: BagelAdapter) -> None:
     close(sigmas, "d_ode/timesteps", 1e-6)
     for i, (x, name) in enumerate(zip(split(CASES["d_ode/noise"]), "AB", strict=True)):
         cache, x = adapter.prefill([[text(f"prompt_{name}")]]), x.unsqueeze(0)
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in itertools.pairwise(sigmas):
             velocity = adapter.velocity(cache, x, sigma.expand(1), grid_of(f"sample{i}"))
             x = ode_step(velocity, x, sigma, sigma_next)
         close(x[0], f"d_ode/final_{i}")
@@ -224,12 +227,17 @@ class Vision(nn.Module):
             here = f"{root}encoder.layers.{layer}."
             u = self.norm(x, here + "layer_norm1")
             q, k, v = (
-                self.linear(u, f"{here}self_attn.{p}_proj").unflatten(1, (self.heads, -1)).transpose(0, 1)
+                self.linear(u, f"{here}self_attn.{p}_proj")
+                .unflatten(1, (self.heads, -1))
+                .transpose(0, 1)
                 for p in "qkv"
             )
             mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
             x = x + self.linear(mixed, here + "self_attn.out_proj")
-            u = nn.functional.gelu(self.linear(self.norm(x, here + "layer_norm2"), here + "mlp.fc1"), approximate="tanh")
+            u = nn.functional.gelu(
+                self.linear(self.norm(x, here + "layer_norm2"), here + "mlp.fc1"),
+                approximate="tanh",
+            )
             x = x + self.linear(u, here + "mlp.fc2")
             layer += 1
         x = self.norm(x, root + "post_layernorm")
@@ -245,7 +253,9 @@ def patchify(latent: Tensor, grid: Grid) -> Tensor:
 
 
 def train_inputs() -> dict[str, Any]:
-    return {k.removeprefix("i_train/in_"): v for k, v in CASES.items() if k.startswith("i_train/in_")}
+    return {
+        k.removeprefix("i_train/in_"): v for k, v in CASES.items() if k.startswith("i_train/in_")
+    }
 
 
 def golden_layout(order: Tensor) -> Layout:
@@ -269,7 +279,8 @@ def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
     adapter, vision, given = golden_adapter(), Vision(), train_inputs()
     config, info = adapter.config, INFO["train"]
     text_at, vit_at, vae_at = (
-        given[f"packed_{name}"] for name in ("text_indexes", "vit_token_indexes", "vae_token_indexes")
+        given[f"packed_{name}"]
+        for name in ("text_indexes", "vit_token_indexes", "vae_token_indexes")
     )
     num_words, num_und = len(text_at), len(text_at) + len(vit_at)
     order = torch.empty(num_und + len(vae_at), dtype=torch.long)  # packed row -> our flat row
@@ -280,7 +291,10 @@ def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
         assert torch.equal(layout.visible()[b, :size, :size].to(torch.uint8), given[f"mask_{b}"])
 
     clean = torch.cat(
-        [patchify(x, tuple(g)) for x, g in zip(given["padded_latent"], info["latent_shapes"], strict=True)]
+        [
+            patchify(x, tuple(g))
+            for x, g in zip(given["padded_latent"], info["latent_shapes"], strict=True)
+        ]
     )
     sigma = given["packed_timesteps"].sigmoid()
     shift = CONFIG["bagel_config"]["timestep_shift"]

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_unigrpo.config import Guard, Sampling
 from lightning_unigrpo.flow import sde_step, sigma_schedule
 from lightning_unigrpo.guard import FLOAT32, Mismatch, beyond_bounds
-from lightning_unigrpo.objective import ratio_norm
 from lightning_unigrpo.loss import Transitions
+from lightning_unigrpo.objective import ratio_norm
 from lightning_unigrpo.types import ImageSegment, Prompt, Scores, TextSegment, Trajectory
 
 SAMPLING = Sampling()
@@ -25,7 +25,14 @@ def image(num: int, channels: int, generator: torch.Generator) -> tuple[ImageSeg
     for k in range(2):
         states.append(
             sde_step(
-                velocity[k], states[k], sigmas[k], sigmas[k + 1], noise[k], eta=0.8, kind="flow", first=k == 0
+                velocity[k],
+                states[k],
+                sigmas[k],
+                sigmas[k + 1],
+                noise[k],
+                eta=0.8,
+                kind="flow",
+                first=k == 0,
             )
         )
     segment = ImageSegment(
@@ -39,7 +46,9 @@ def image(num: int, channels: int, generator: torch.Generator) -> tuple[ImageSeg
     return segment, velocity
 
 
-def measure(segment: ImageSegment, velocity: Tensor, log_prob: Tensor | None = None) -> dict[str, float]:
+def measure(
+    segment: ImageSegment, velocity: Tensor, log_prob: Tensor | None = None
+) -> dict[str, float]:
     text = TextSegment(tokens=torch.tensor([1, 2]), log_prob=torch.tensor([-1.0, -2.0]))
     trajectory = Trajectory(prompt=Prompt(text=""), segments=[text, segment], group=0, member=0)
     new = torch.tensor([-1.0, -2.0]) if log_prob is None else log_prob
@@ -57,7 +66,9 @@ def test_agreement_passes(shape: tuple[int, int], generator: torch.Generator) ->
 
 
 @pytest.mark.parametrize("shape", [(4, 16), (4096, 64)])
-def test_one_percent_of_velocity_is_stopped(shape: tuple[int, int], generator: torch.Generator) -> None:
+def test_one_percent_of_velocity_is_stopped(
+    shape: tuple[int, int], generator: torch.Generator
+) -> None:
     segment, velocity = image(*shape, generator)
     problem = beyond_bounds(measure(segment, velocity * 1.01), Guard(), exact=True)
     assert problem is not None
@@ -81,7 +92,9 @@ def test_text_and_nan_are_seen(generator: torch.Generator) -> None:
     assert "model.guard.log_prob" in str(
         beyond_bounds(measure(segment, velocity, shifted), Guard(), exact=True)
     )
-    assert beyond_bounds(measure(segment, velocity * float("nan")), Guard(), exact=False) is not None
+    assert (
+        beyond_bounds(measure(segment, velocity * float("nan")), Guard(), exact=False) is not None
+    )
 
 
 def test_the_users_bound_counts(generator: torch.Generator) -> None:

@@ -32,6 +32,8 @@ LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 DECLARED = LAYER.keys() | LEAVES.keys()
 COMMAND_LINE = LAYER["cli"]
 # The module may fall back on a built-in reward; a backbone is always handed to it.
+VARIANTS = {("digits", "bagel")}
+"""Adapter families (who, what) that are a small form of another and share its code."""
 LEAF_USERS = {"adapters": COMMAND_LINE, "rewards": LAYER["module"], "testing": COMMAND_LINE}
 TYPES_ONLY = {("callbacks", "module"), ("data", "module")}
 """Imports (who, what) that may stand under TYPE_CHECKING against the direction."""
@@ -81,7 +83,7 @@ def may_import(importer: list[str], target: list[str], families: frozenset[str])
     who, what = importer[0], target[0]
     if who == what and who in {"adapters", "rewards", "callbacks"}:
         foreign = target[1:2] and target[1] in families and target[1] != importer[1]
-        return importer[1] == "__init__" or not foreign
+        return importer[1] == "__init__" or not foreign or (importer[1], target[1]) in VARIANTS
     layer = LAYER.get(who)
     if layer == COMMAND_LINE:
         return True

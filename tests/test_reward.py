@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_unigrpo.reward import MissingColumnError, Reward, RewardLengthError, RewardRunner, combine
+from lightning_unigrpo.reward import (
+    MissingColumnError,
+    Reward,
+    RewardLengthError,
+    RewardRunner,
+    combine,
+)
 from lightning_unigrpo.types import Prompt, Trajectory
 
 

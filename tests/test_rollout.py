@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -138,12 +139,13 @@ def test_evaluation_is_an_euler_loop_over_the_velocity() -> None:
     context = [s for s in got.segments if isinstance(s, TextSegment)]
     cache = adapter.prefill([context])
     image = got.segments[-1]
-    assert isinstance(image, ImageSegment) and not image.is_sampled
+    assert isinstance(image, ImageSegment)
+    assert not image.is_sampled
     draws = Draws(0, 0)
     grid = adapter.image_grid(PROMPTS[0])
     x = draws.normals([Start(PROMPTS[0], 0, 0)], 1, 1, (grid[0] * grid[1], adapter.latent_channels))
     sigmas = sigma_schedule(SAMPLING.eval_num_timesteps, shift=1.0, convention="steps")
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         x = x + (sigma_next - sigma) * adapter.velocity(cache, x, sigma.expand(1), grid)
     torch.testing.assert_close(image.latent, x[0], atol=1e-5, rtol=1e-5)
 
@@ -152,7 +154,9 @@ def test_discrete_images_reveal_every_position_once() -> None:
     for toy in (ToyTokens, ToyMasked):
         for trajectory in draw(toy(), starts(), SAMPLING):
             image = trajectory.segments[-1]
-            assert isinstance(image, TokenImageSegment) and image.step is not None
+            assert isinstance(image, TokenImageSegment)
+            assert image.step is not None
             assert int(image.tokens.min()) >= 0
             counts = torch.bincount(image.step)
-            assert int(counts.min()) >= 1 and int(counts.sum()) == len(image.tokens)
+            assert int(counts.min()) >= 1
+            assert int(counts.sum()) == len(image.tokens)

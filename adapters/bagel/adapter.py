@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class BagelAdapter(Adapter):
         train_bridges: bool = True,
     ) -> None:
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer: Any = tokenizer
         self.net: BagelNet = net or BagelNet(config)
         self.net.gradient_checkpointing = gradient_checkpointing
         self.default_size, self.detach_context = default_size, detach_context
@@ -94,7 +95,7 @@ class BagelAdapter(Adapter):
     def detokenize(self, tokens: Tensor) -> str:
         """Return the words of ``[L]`` ids without the closing ``eos``."""
         ids = tokens.tolist()
-        return self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.config.eos] else ids)
+        return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.config.eos] else ids))
 
     def image_grid(self, prompt: Prompt) -> Grid:
         """Return the latent grid of the size asked for.
@@ -253,7 +254,8 @@ class BagelAdapter(Adapter):
         packer: Packer, image: ImageSegment, position: int, steps: slice
     ) -> tuple[int, int, int]:
         """Add the window's states side by side at one position, each blind to the others."""
-        assert image.states is not None and image.sigmas is not None
+        assert image.states is not None
+        assert image.sigmas is not None
         states, sigmas = image.states[:-1][steps], image.sigmas[:-1][steps]
         num = states.shape[1]
         for state, level in zip(states, sigmas.unsqueeze(1).expand(-1, num), strict=True):
@@ -276,9 +278,7 @@ class BagelAdapter(Adapter):
         return list(self.net.language_model.model.layers)
 
 
-def score_texts(
-    logits: Tensor, texts: Sequence[TextSegment]
-) -> tuple[list[Tensor], list[Tensor]]:
+def score_texts(logits: Tensor, texts: Sequence[TextSegment]) -> tuple[list[Tensor], list[Tensor]]:
     """Return log-probabilities and entropies ``[L]`` per text.
 
     Args:
@@ -291,7 +291,9 @@ def score_texts(
     temperature = temperatures.pop()
     if temperatures:  # more than one: temper row by row
         each = logits.new_tensor([text.temperature for text in texts])
-        logits = logits / each.repeat_interleave(torch.tensor(lengths, device=each.device)).unsqueeze(1)
+        logits = logits / each.repeat_interleave(
+            torch.tensor(lengths, device=each.device)
+        ).unsqueeze(1)
         temperature = 1.0
     log_prob, entropy = token_log_probs(logits, tokens, temperature=temperature)
     return list(log_prob.split(lengths)), list(entropy.split(lengths))

@@ -71,8 +71,8 @@ class Layout:
                 table[2, b, at:end] = kind
                 at = end
             table[3, b, :at] = 1
-        rows, block, kind, valid = torch.from_numpy(table).to(device).unbind(0)
-        return cls(rows=rows, valid=valid.bool(), block=block, kind=kind)
+        places = torch.from_numpy(table).to(device)
+        return cls(rows=places[0], valid=places[3].bool(), block=places[1], kind=places[2])
 
     def visible(self) -> Tensor:
         """Return the dense mask ``[B, L, L]``, True where a query (row) sees a key (column)."""
@@ -138,10 +138,9 @@ class PackedAttention:
         out = scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
         if not self.detach_context:
             return out
-        own = [torch.where(self.noise, x, x.detach()) for x in (key, value)]
-        return torch.where(
-            self.noise, scaled_dot_product_attention(query, *own, attn_mask=self.mask), out
-        )
+        own_key, own_value = (torch.where(self.noise, x, x.detach()) for x in (key, value))
+        noise = scaled_dot_product_attention(query, own_key, own_value, attn_mask=self.mask)
+        return torch.where(self.noise, noise, out)
 
     def _by_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.zeros_like(query)
@@ -151,7 +150,8 @@ class PackedAttention:
                 here = slice(places.start, places.stop)
                 past = [self._context(x[b], seen, kind) for x in (key, value)]
                 k, v = (
-                    torch.cat([*p, x[b, :, here]], 1) for p, x in zip(past, (key, value), strict=True)
+                    torch.cat([*p, x[b, :, here]], 1)
+                    for p, x in zip(past, (key, value), strict=True)
                 )
                 out[b, :, here] = _one_block(query[b, :, here], k, v, causal=kind == Kind.CAUSAL)
                 if kind != Kind.NOISE:
@@ -191,7 +191,7 @@ class CachedAttention:
 
     def __init__(self, cache: BagelCache, layout: Layout) -> None:
         self.cache, self.layout = cache, layout
-        samples, length = layout.rows.shape
+        _samples, length = layout.rows.shape
         order = torch.arange(length, device=layout.rows.device)
         lengths = cache.lengths.unsqueeze(1)
         slots = lengths + order
@@ -214,7 +214,8 @@ class CachedAttention:
         values[self.sample, self.slot] = heads.value[self.flat].to(values.dtype)
         query = heads.query[self.layout.rows].transpose(1, 2)
         key, value = (
-            _repeat(x[:, : self.total].transpose(1, 2), query).to(query.dtype) for x in (keys, values)
+            _repeat(x[:, : self.total].transpose(1, 2), query).to(query.dtype)
+            for x in (keys, values)
         )
         out = scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[self.place]

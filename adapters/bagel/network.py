@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[*, d]``."""
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gated: Tensor = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return cast(Tensor, self.down_proj(gated))
 
 
 class Projections(nn.Module):
@@ -118,7 +119,7 @@ class Projections(nn.Module):
 
     def merge(self, x: Tensor, expert: str) -> Tensor:
         """Project the attention's output."""
-        return self._modules[f"o_proj{expert}"](x)  # type: ignore[misc]
+        return cast(Tensor, self.get_submodule(f"o_proj{expert}")(x))
 
 
 EXPERTS = ("", "_moe_gen")
@@ -210,7 +211,7 @@ class TimeEmbedder(nn.Module):
         """Return ``[M, d]`` for ``[M]`` noise levels."""
         steps = torch.arange(128, device=sigma.device, dtype=torch.float32)
         angles = sigma.float().unsqueeze(1) * torch.exp(-math.log(10000) * steps / 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
+        return cast(Tensor, self.mlp(torch.cat([angles.cos(), angles.sin()], 1)))
 
 
 class PositionTable(nn.Module):
@@ -274,7 +275,7 @@ class BagelNet(nn.Module):
         if not len(pack.latents):
             return like.new_zeros(0, self.config.hidden_size)
         place = self.latent_pos_embed.pos_embed[pack.latent_ids]
-        return self.vae2llm(pack.latents) + self.time_embedder(pack.sigma) + place
+        return cast(Tensor, self.vae2llm(pack.latents) + self.time_embedder(pack.sigma) + place)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ class Packer:
         """Begin the next sample."""
         self.samples.append([])
 
-    def text(self, ids: Sequence[int], position: int, *, score: int = 0, last: bool = False) -> None:
+    def text(
+        self, ids: Sequence[int], position: int, *, score: int = 0, last: bool = False
+    ) -> None:
         """Add a causal block; ``score`` rows from its start (or its ``last`` row) want logits."""
         first = len(self.ids)
         self.ids.extend(ids)

@@ -69,6 +69,8 @@ class DigitsAdapter(BagelAdapter):
         if checkpoint is not None:
             load_checkpoint(self.net, checkpoint)
 
+    tokenizer: WordTokenizer
+
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
         """Return ``[B, 3, 8, 8]`` in [0, 1]."""
         return to_rgb(latents)
@@ -99,7 +101,7 @@ class DigitsAdapter(BagelAdapter):
                 window_range=(0, 5),
                 eval_num_timesteps=10,
             ),
-            objective=Objective(flow_clip_low=1e-3, flow_clip_high=1e-3, mse_weight=0.03),
+            objective=Objective(flow_clip_low=1e-3, flow_clip_high=1e-3, mse_weight=0.004),
             optim=Optim(text_lr=3e-4, flow_lr=3e-4, ppo_epochs=1),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits ``[B, 10]``."""
-        return self.head(self.features(pixels))
+        return cast(Tensor, self.head(self.features(pixels)))
 
 
 def train_classifier(
@@ -83,7 +83,7 @@ class DigitReward:
         pixels = images[:, :1].float().cpu() * 2 - 1
         with torch.no_grad():
             probability = self.model(pixels).softmax(1)
-        return probability.gather(1, torch.as_tensor(answer).unsqueeze(1)).squeeze(1)
+        return cast(Tensor, probability.gather(1, torch.as_tensor(answer).unsqueeze(1)).squeeze(1))
 
 
 class ReasoningReward:
@@ -100,7 +100,9 @@ def main() -> None:
     """Train the reward classifier and save it beside this file."""
     model = train_classifier(0)
     WEIGHTS.mkdir(exist_ok=True)
-    save_file({k: v.half() for k, v in model.state_dict().items()}, WEIGHTS / "classifier.safetensors")
+    save_file(
+        {k: v.half() for k, v in model.state_dict().items()}, WEIGHTS / "classifier.safetensors"
+    )
 
 
 if __name__ == "__main__":

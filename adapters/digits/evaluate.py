@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,12 @@ from lightning_unigrpo.types import Prompt, Segment, TextSegment
 
 @torch.no_grad()
 def think(
-    adapter: DigitsAdapter, rows: Sequence[Prompt], *, temperature: float = 0.0, limit: int = 12, seed: int = 0
+    adapter: DigitsAdapter,
+    rows: Sequence[Prompt],
+    *,
+    temperature: float = 0.0,
+    limit: int = 12,
+    seed: int = 0,
 ) -> list[TextSegment]:
     """Decode one reasoning per prompt: greedy, or tempered draws from a seeded generator."""
     cache = adapter.prefill([adapter.tokenize(prompt) for prompt in rows])
@@ -37,7 +43,9 @@ def think(
         if not active.any():
             break
     return [
-        TextSegment(tokens=torch.tensor(ids, dtype=torch.long), stopped=ids[-1] == adapter.stop_token)
+        TextSegment(
+            tokens=torch.tensor(ids, dtype=torch.long), stopped=ids[-1] == adapter.stop_token
+        )
         for ids in tokens
     ]
 
@@ -59,7 +67,7 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(rows), GRID[0] * GRID[1], adapter.latent_channels, generator=generator)
     sigmas = sigma_schedule(num_steps, shift=1.0, convention="steps")
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         x = ode_step(adapter.velocity(cache, x, sigma.expand(len(x)), GRID), x, sigma, sigma_next)
     return adapter.decode(x, GRID)
 
@@ -87,8 +95,8 @@ def evaluate(adapter: DigitsAdapter, split: Split, *, seed: int = 0) -> dict[str
         return judge(images=images, answer=digits.tolist())
 
     def accuracy(images: Tensor, digits: Tensor) -> Tensor:
-        pixels = images[:, :1] * 2 - 1
-        return (judge.model(pixels).argmax(1) == digits).float()
+        drawn: Tensor = judge.model(images[:, :1] * 2 - 1).argmax(1)
+        return (drawn == digits).float()
 
     def mean(values: Tensor) -> float:
         return round(float(values.mean()), 4)
@@ -111,7 +119,9 @@ def evaluate(adapter: DigitsAdapter, split: Split, *, seed: int = 0) -> dict[str
             results["image_given_right_text"] = mean(accuracy(images, answers)[right])
             results["stopped"] = mean(stopped)
     truth = [p.columns["reasoning"] for p in rows]
-    other = (answers + torch.randint(1, 10, answers.shape, generator=torch.Generator().manual_seed(seed))) % 10
+    other = (
+        answers + torch.randint(1, 10, answers.shape, generator=torch.Generator().manual_seed(seed))
+    ) % 10
     wrong = [t[:-1] + str(d) for t, d in zip(truth, other.tolist(), strict=True)]
     forced = {
         "right": draw(adapter, rows, written(adapter, truth), seed=seed),

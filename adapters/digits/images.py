@@ -7,7 +7,7 @@ judging models needs them; training with the shipped weights does not.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -49,13 +49,13 @@ def load_digits(part: str) -> Digits:
 def patchify(pixels: Tensor) -> Tensor:
     """Turn ``[B, 8, 8]`` pixels into ``[B, 4, 16]`` latent tokens, row-major in and over patches."""
     cells = pixels.unflatten(1, (GRID[0], PATCH)).unflatten(3, (GRID[1], PATCH))
-    return cells.transpose(2, 3).flatten(3).flatten(1, 2)
+    return cast(Tensor, cells.transpose(2, 3).flatten(3).flatten(1, 2))
 
 
 def unpatchify(latents: Tensor) -> Tensor:
     """Invert :func:`patchify`."""
     cells = latents.unflatten(1, GRID).unflatten(3, (PATCH, PATCH))
-    return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return cast(Tensor, cells.transpose(2, 3).flatten(3, 4).flatten(1, 2))
 
 
 def to_rgb(latents: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class Teacher:
 
 def preferred_errors(teacher: Teacher, rng: np.random.Generator) -> dict[tuple[int, str, int], int]:
     """Draw which facts the teacher tends to get wrong, and how."""
-    facts = [(a, op, b) for a in range(10) for op in "+-" for b in range(10) if 0 <= apply(a, op, b) <= 9]
+    facts = [
+        (a, op, b) for a in range(10) for op in "+-" for b in range(10) if 0 <= apply(a, op, b) <= 9
+    ]
     wrong = {}
     for fact in facts:
         if rng.random() < teacher.biased_facts:
@@ -100,11 +102,13 @@ def noisy_image(clean: Tensor, sigmas: Tensor, noise: Tensor) -> ImageSegment:
 class Lessons:
     """Draws batches of what the teacher says and draws."""
 
-    def __init__(self, adapter: DigitsAdapter, teacher: Teacher, seed: int, levels: int = 4) -> None:
+    def __init__(
+        self, adapter: DigitsAdapter, teacher: Teacher, seed: int, errors_of: int, levels: int = 4
+    ) -> None:
         self.adapter, self.teacher, self.levels = adapter, teacher, levels
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.errors = preferred_errors(teacher, np.random.default_rng((seed, 1)))
+        self.errors = preferred_errors(teacher, np.random.default_rng((errors_of, 1)))
         self.questions = questions("train")
         pixels, labels = load_digits("train")
         self.by_digit = [patchify(pixels[labels == digit]) for digit in range(10)]
@@ -112,7 +116,9 @@ class Lessons:
     def batch(self, size: int) -> tuple[list[Trajectory], Tensor]:
         """Return trajectories and the target velocities ``[size * K, N, C]``."""
         tokenizer = self.adapter.tokenizer
-        noise = torch.randn(size, self.levels, *self.by_digit[0].shape[1:], generator=self.generator)
+        noise = torch.randn(
+            size, self.levels, *self.by_digit[0].shape[1:], generator=self.generator
+        )
         sigmas = torch.rand(size, self.levels, generator=self.generator).clamp_min(1e-3)
         trajectories, targets = [], []
         for i, pick in enumerate(self.rng.integers(len(self.questions), size=size)):
@@ -142,24 +148,27 @@ def teach(
     batch_size: int = 64,
     lr: float = 2e-3,
     teacher: Teacher | None = None,
+    errors_of: int | None = None,
 ) -> None:
     """Train in place on cross entropy of the reasoning plus squared error of the velocity.
 
     Args:
         adapter: the model.
-        seed: of lessons and noise; the teacher's preferred errors follow it too.
+        seed: of lessons and noise.
         steps: optimizer steps, with a short warm-up and cosine decay.
         batch_size: lessons per step.
         lr: peak learning rate.
         teacher: how it errs.
+        errors_of: seed of the teacher's preferred errors; ``None`` = ``seed``.
     """
-    lessons = Lessons(adapter, teacher or Teacher(), seed)
+    lessons = Lessons(adapter, teacher or Teacher(), seed, seed if errors_of is None else errors_of)
     optimizer = torch.optim.AdamW(
         [p for p in adapter.net.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98)
     )
     ramp = min(50, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / ramp) * (0.02 + 0.98 * math.cos(math.pi / 2 * s / steps))
+        optimizer,
+        lambda s: min(1, (s + 1) / ramp) * (0.02 + 0.98 * math.cos(math.pi / 2 * s / steps)),
     )
     adapter.train()
     for step in range(steps):
@@ -173,7 +182,9 @@ def teach(
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            log.info("step %d  text %.3f  image %.3f", step, float(text.detach()), float(image.detach()))
+            log.info(
+                "step %d  text %.3f  image %.3f", step, float(text.detach()), float(image.detach())
+            )
     adapter.eval()
 
 
@@ -205,7 +216,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     adapter.save_pretrained(options.out)
     metrics = evaluate(adapter, options.split) | {"cpu_seconds": round(seconds, 1)}
-    options.out.with_suffix(".json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    options.out.with_suffix(".json").write_text(
+        json.dumps(metrics, indent=1) + "\n", encoding="utf-8"
+    )
     log.info("%s", json.dumps(metrics, indent=1))
 
 

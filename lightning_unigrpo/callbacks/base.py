@@ -39,14 +39,20 @@ class UniGRPOCallback(Callback):
     on its place in the list.
     """
 
-    def on_phase(self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int) -> None:
+    def on_phase(
+        self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int
+    ) -> None:
         """Called while something long runs: text, denoise, reward, reference, update."""
 
-    def on_rollout_end(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+    def on_rollout_end(
+        self, trainer: Trainer, module: UniGRPOModule, experience: Experience
+    ) -> None:
         """Called with sampled trajectories and their rewards: fill in what else the loss needs."""
 
     def on_rewards(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
         """Called next: turn rewards into advantages."""
 
-    def on_experience(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+    def on_experience(
+        self, trainer: Trainer, module: UniGRPOModule, experience: Experience
+    ) -> None:
         """Called when an experience is complete, before the first update: look, log, do not change."""

@@ -43,7 +43,9 @@ class IterationCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        root = self.dirpath or str(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        root = self.dirpath or str(
+            Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        )
         self._folder = Path(trainer.strategy.broadcast(root))
         if trainer.is_global_zero:
             _require_writable(self._folder)
@@ -87,11 +89,13 @@ class IterationCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, iteration: int) -> None:
         self.last_path = self._folder / "last.ckpt"
         fresh = self._folder / "last.ckpt.part"
-        trainer.save_checkpoint(fresh)
+        trainer.save_checkpoint(fresh, weights_only=False)
         if trainer.is_global_zero:
             fresh.replace(self.last_path)  # a reader finds the old file or the new one, never half
         if self.keep and iteration % self.keep == 0:
-            trainer.save_checkpoint(self._folder / f"iteration={iteration}.ckpt")
+            trainer.save_checkpoint(
+                self._folder / f"iteration={iteration}.ckpt", weights_only=False
+            )
         self._saved = iteration
 
     @override

@@ -63,7 +63,9 @@ class RolloutGrouping(UniGRPOCallback):
         ):
             trajectory.reward = reward
         groups = torch.tensor([t.group for t in trajectories], device=rewards.device)
-        table = distributed.gather_rows(torch.cat([groups.unsqueeze(1).double(), rewards.double()], 1))
+        table = distributed.gather_rows(
+            torch.cat([groups.unsqueeze(1).double(), rewards.double()], 1)
+        )
         everyone = self.advantages(module, table[:, 0].long(), table[:, 1:].float(), experience)
         offset = distributed.rank() * len(trajectories)  # assign() deals equal shares
         for i, trajectory in enumerate(trajectories):
@@ -103,7 +105,9 @@ def penalise_truncation(experience: Experience, truncation_reward: float | None)
     """
     if truncation_reward is None:
         return experience.rewards
-    cut = torch.tensor([not t.stopped for t in experience.trajectories], device=experience.rewards.device)
+    cut = torch.tensor(
+        [not t.stopped for t in experience.trajectories], device=experience.rewards.device
+    )
     return torch.where(cut.unsqueeze(1), truncation_reward, experience.rewards)
 
 

@@ -41,7 +41,11 @@ class PredictionWriter(BasePredictionWriter):
 
     @staticmethod
     def _table(trainer: Trainer) -> str:
-        return "predictions.jsonl" if trainer.world_size == 1 else f"predictions.{trainer.global_rank}.jsonl"
+        return (
+            "predictions.jsonl"
+            if trainer.world_size == 1
+            else f"predictions.{trainer.global_rank}.jsonl"
+        )
 
     @override
     def write_on_batch_end(
@@ -57,16 +61,18 @@ class PredictionWriter(BasePredictionWriter):
         folder = self._path(trainer)
         with (folder / self._table(trainer)).open("a", encoding="utf-8") as table:
             for t in prediction:
-                record = {"id": t.prompt.id, "prompt": t.prompt.text, "reasoning": t.completion}
+                record: dict[str, object] = {
+                    "id": t.prompt.id,
+                    "prompt": t.prompt.text,
+                    "reasoning": t.completion,
+                }
                 if t.image is not None:
-                    record["image"] = f"{t.prompt.id}.png"
+                    record["image"] = name = f"{t.prompt.id}.png"
                     pixels = t.image.float().cpu().repeat_interleave(self.scale, 1)
-                    pixels = pixels.repeat_interleave(self.scale, 2).permute(1, 2, 0).numpy()
-                    imsave(folder / record["image"], pixels.clip(0, 1))
+                    pixels = pixels.repeat_interleave(self.scale, 2).permute(1, 2, 0)
+                    imsave(folder / name, pixels.clamp(0, 1).numpy())
                 table.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rank_zero_info(f"Pictures and reasoning: {self._path(trainer)}")
-
-

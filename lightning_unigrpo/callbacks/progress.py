@@ -61,13 +61,17 @@ class RolloutProgress(UniGRPOCallback):
     def _total(self, trainer: Trainer) -> int | None:
         if trainer.max_steps > 0:
             module: Any = trainer.lightning_module
-            return trainer.max_steps // (module.optim.ppo_epochs * module.optim.updates_per_rollout)
+            return trainer.max_steps // int(
+                module.optim.ppo_epochs * module.optim.updates_per_rollout
+            )
         batches = trainer.num_training_batches
         known = trainer.max_epochs and trainer.max_epochs > 0 and batches != float("inf")
         return int(trainer.max_epochs * batches) if known and trainer.max_epochs else None
 
     @override
-    def on_phase(self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int) -> None:
+    def on_phase(
+        self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int
+    ) -> None:
         # Phases report when a part of them is done: the time since the last report was theirs.
         now = time.monotonic()
         self._spent[phase] = self._spent.get(phase, 0.0) + now - self._since
@@ -77,7 +81,9 @@ class RolloutProgress(UniGRPOCallback):
             self._live.update(task, description=phase, completed=done, total=total)
 
     @override
-    def on_experience(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+    def on_experience(
+        self, trainer: Trainer, module: UniGRPOModule, experience: Experience
+    ) -> None:
         self._rewards["train"] = experience.metrics["reward"]
 
     @override
@@ -116,7 +122,9 @@ class RolloutProgress(UniGRPOCallback):
         self._close()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     def _close(self) -> None:

@@ -38,13 +38,19 @@ class ReferenceVelocity(UniGRPOCallback):
                 f"ReferenceVelocity.refresh_every is {refresh_every}; give 1 or more, or leave it out."
             )
         self.refresh_every = refresh_every
-        self._twin: list[Adapter] = []  # a list: a bare Module attribute would be registered by owners
+        self._twin: list[
+            Adapter
+        ] = []  # a list: a bare Module attribute would be registered by owners
         self._restored: dict[str, Any] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module: UniGRPOModule = pl_module  # type: ignore[assignment]
-        if stage == "fit" and module.objective.needs_reference and module.adapter.reference() is None:
+        if (
+            stage == "fit"
+            and module.objective.needs_reference
+            and module.adapter.reference() is None
+        ):
             self._snapshot(module.adapter)
 
     @override
@@ -63,10 +69,16 @@ class ReferenceVelocity(UniGRPOCallback):
         self._twin = [twin]
 
     @override
-    def on_rollout_end(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+    def on_rollout_end(
+        self, trainer: Trainer, module: UniGRPOModule, experience: Experience
+    ) -> None:
         if not module.objective.needs_reference:
             return
-        due = self.refresh_every and experience.iteration and not experience.iteration % self.refresh_every
+        due = (
+            self.refresh_every
+            and experience.iteration
+            and not experience.iteration % self.refresh_every
+        )
         if due and self._twin:
             self._twin[0].net.load_state_dict(module.adapter.net.state_dict())
         policy, context = self._reference(module.adapter)
@@ -74,7 +86,9 @@ class ReferenceVelocity(UniGRPOCallback):
         with torch.no_grad(), context:
             for done, batch in enumerate(module.micro_batches(experience.trajectories)):
                 scores = policy(batch, slice(None) if images else slice(0, 0))
-                text, velocity, codes = map(iter, (scores.text, scores.velocity, scores.image_tokens))
+                text, velocity, codes = map(
+                    iter, (scores.text, scores.velocity, scores.image_tokens)
+                )
                 for _, segment in sampled(batch):
                     if isinstance(segment, TextSegment):
                         segment.ref_log_prob = next(text)
@@ -82,7 +96,9 @@ class ReferenceVelocity(UniGRPOCallback):
                         segment.ref_velocity = next(velocity) if images else None
                     elif isinstance(segment, TokenImageSegment):
                         segment.ref_log_prob = next(codes)
-                module.progress("reference", done + 1, module.num_micro_batches(experience.trajectories))
+                module.progress(
+                    "reference", done + 1, module.num_micro_batches(experience.trajectories)
+                )
 
     def _reference(self, adapter: Adapter) -> tuple[Adapter, AbstractContextManager[None]]:
         context = adapter.reference()

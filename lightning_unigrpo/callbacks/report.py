@@ -41,7 +41,9 @@ class RunReport(UniGRPOCallback):
         self._title = "base"
 
     @override
-    def on_experience(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+    def on_experience(
+        self, trainer: Trainer, module: UniGRPOModule, experience: Experience
+    ) -> None:
         self.train.append((experience.iteration, experience.metrics["reward"]))
 
     @override
@@ -69,7 +71,7 @@ class RunReport(UniGRPOCallback):
         dataloader_idx: int = 0,
     ) -> None:
         kept = self.samples[self._title]
-        kept += outputs.trajectories[: self.num_samples - len(kept)]
+        kept += outputs["experience"].trajectories[: self.num_samples - len(kept)]
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -42,7 +42,9 @@ class RewardLogger(UniGRPOCallback):
         self.num_images = num_images
 
     @override
-    def on_experience(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
+    def on_experience(
+        self, trainer: Trainer, module: UniGRPOModule, experience: Experience
+    ) -> None:
         trajectories = experience.trajectories
         sums, counts = reward_sums(experience)
         sums |= text_sums(trajectories)
