@@ -113,7 +113,8 @@ class Adapter(nn.Module, ABC):
         """Append one segment to each of the B rows, in place; equal to :meth:`prefill` of the longer lists.
 
         A text that was just decoded into this cache by :meth:`next_logits` is completed, not repeated:
-        only what is missing of it (its last token, a forced stop mark) is fed.
+        only what is missing of it (its last token, a forced stop mark) is fed. An image that is not
+        ``is_context`` adds nothing: no later segment sees it.
         """
 
     @abstractmethod
@@ -122,7 +123,7 @@ class Adapter(nn.Module, ABC):
 
         Args:
             cache: of B rows; rows with ``active`` False are left exactly as they were.
-            tokens: ``[B]`` int64, the tokens just sampled; ``None`` opens a new text in every row.
+            tokens: ``[B]`` int64, the tokens just sampled; ``None`` opens a new text in the active rows.
             active: ``[B]`` bool.
 
         Returns:
@@ -151,7 +152,7 @@ class Adapter(nn.Module, ABC):
         Args:
             cache: of B rows; it may remember the image in progress, begun at step 0.
             tokens: ``[B, N]`` int64 codes, -1 where not yet revealed.
-            step: index of this sampling step, from 0 until no code is -1.
+            step: index of this sampling step, from 0 (which begins the image anew) until no code is -1.
             grid: ``(h, w)``, the same for all rows.
         """
         raise TypeError(f"{type(self).__name__} does not draw with tokens: image_policy is 'flow'.")
@@ -168,6 +169,9 @@ class Adapter(nn.Module, ABC):
 
         The K noisy states of one image sit side by side: each sees the context before it and itself
         only. Runs with and without gradients.
+
+        An adapter that can recompute activations in the backward pass says so by a bool attribute
+        ``gradient_checkpointing`` (its own, or ``net``'s); it must not change a number.
 
         Args:
             trajectories: any number, ragged, with any interleaving of segments.

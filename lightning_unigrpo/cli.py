@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
+from argparse import ArgumentError
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from rich.console import Console
 
 from lightning_unigrpo.callbacks import IterationCheckpoint, RunReport
 from lightning_unigrpo.data import PromptDataModule
@@ -46,12 +50,29 @@ def run(args: ArgsType = None) -> UniGRPOCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"exit_on_error": False},  # main() prints the error without 60 lines of usage
     )
 
 
 def main() -> None:
-    """Run the command line."""
-    run()
+    """Run the command line; a mistake of the user's is one screen, not a stack of frames."""
+    try:
+        run()
+    except (ArgumentError, ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("UNIGRPO_TRACEBACK") or not _is_ours(error):
+            raise
+        hint = "(UNIGRPO_TRACEBACK=1 shows where it was raised)"
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}\n{hint}", markup=False)
+        sys.exit(1)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package, or the parser on its behalf, raised the error on purpose."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return module.split(".")[0] in {"lightning_unigrpo", "jsonargparse"}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from lightning_unigrpo.distributed import rank, world_size
 from lightning_unigrpo.types import Defaults, Prompt
 
 Split = Literal["train", "val", "test", "predict"]
-FIRST_ID: dict[Split, int] = {"train": 0, "val": 10**9, "test": 2 * 10**9, "predict": 3 * 10**9}
-"""Ids key the random draws; the splits' ids never meet."""
+FIRST_ID: dict[Split, int] = {"train": 0, "val": 10**9, "test": 2 * 10**9, "predict": 0}
+"""Ids key the random draws; those of training, validation and test never meet."""
 
 
 def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train") -> list[Prompt]:
@@ -75,6 +75,21 @@ def _records(path: Path, key: str) -> list[dict[str, Any]]:
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f'{key}: {path} must hold objects such as {{"prompt": "a red cube"}}.')
     return records
+
+
+def read_requests(source: str) -> list[Prompt]:
+    """Read a file, or requests in words separated by semicolons.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    first = FIRST_ID["predict"]
+    if Path(source).is_file():
+        return read_prompts(source, first_id=first, key="data.predict")
+    words = [word.strip() for word in source.split(";") if word.strip()]
+    if not words:
+        raise ValueError("data.predict holds no prompts; give a file, or requests in words.")
+    return [Prompt(text=text, id=first + i) for i, text in enumerate(words)]
 
 
 class PromptDataset(Dataset[Prompt]):
@@ -160,13 +175,13 @@ class ShardSampler(DistributedSampler[int]):
 class PromptDataModule(LightningDataModule):
     """Training, validation, test and prediction prompts.
 
-    What is left out comes from the adapter's defaults.
+    What is left out comes from the adapter's defaults. Lists of prompts: :meth:`from_prompts`.
 
     Args:
-        train: a file (see :func:`read_prompts`) or a list of prompts.
-        val: held-out prompts for validation.
-        test: held-out prompts for the final report.
-        predict: a file, or requests in words.
+        train: a file (see :func:`read_prompts`).
+        val: held-out prompts for validation, a file.
+        test: held-out prompts for the final report, a file.
+        predict: a file, or requests in words, separated by semicolons.
         prompts_per_iteration: prompts of one iteration, over all ranks (paper: 32).
         eval_batch_size: prompts drawn together in evaluation.
         seed: of the order of training prompts; ``None`` = that of the module's sampling.
@@ -174,10 +189,10 @@ class PromptDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[Prompt] | None = None,
-        val: str | list[Prompt] | None = None,
-        test: str | list[Prompt] | None = None,
-        predict: str | list[str] | None = None,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
         prompts_per_iteration: int = 32,
         eval_batch_size: int = 64,
         seed: int | None = None,
@@ -189,34 +204,45 @@ class PromptDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"data.{name} is {value}; it must be 1 or more.")
-        self.given = {"train": train, "val": val, "test": test}
-        self.requests = predict
         self.prompts_per_iteration, self.eval_batch_size = prompts_per_iteration, eval_batch_size
         self.seed = seed
-        self._read: dict[str, Sequence[Prompt]] = {}
+        self._prompts: dict[str, Sequence[Prompt]] = {}
         # Read now: a missing or empty file should not wait for the weights to load.
-        for split, source in self.given.items():
-            if source is not None:
-                self._read[split] = self._load(split, source)  # type: ignore[arg-type]
+        files: dict[Split, str | None] = {"train": train, "val": val, "test": test}
+        for split, path in files.items():
+            if path is not None:
+                self._prompts[split] = read_prompts(
+                    path, first_id=FIRST_ID[split], key=f"data.{split}"
+                )
         if predict is not None:
-            self._read["predict"] = self._load_requests(predict)
+            self._prompts["predict"] = read_requests(predict)
 
-    def _load(self, split: Split, source: str | list[Prompt]) -> Sequence[Prompt]:
-        if isinstance(source, list):
-            if not source:
-                raise ValueError(f"data.{split} is an empty list; give at least one prompt.")
-            return source
-        return read_prompts(source, first_id=FIRST_ID[split], key=f"data.{split}")
+    @classmethod
+    def from_prompts(
+        cls,
+        train: Sequence[Prompt] = (),
+        val: Sequence[Prompt] = (),
+        test: Sequence[Prompt] = (),
+        **settings: Any,
+    ) -> PromptDataModule:
+        """Build from lists; an empty one is left to the adapter's defaults.
 
-    @staticmethod
-    def _load_requests(source: str | list[str]) -> Sequence[Prompt]:
-        first = FIRST_ID["predict"]
-        if isinstance(source, str) and Path(source).is_file():
-            return read_prompts(source, first_id=first, key="data.predict")
-        words = [source] if isinstance(source, str) else source
-        if not words or not all(word.strip() for word in words):
-            raise ValueError("data.predict holds no prompts; give a file, or requests in words.")
-        return [Prompt(text=text, id=first + i) for i, text in enumerate(words)]
+        Args:
+            train: training prompts; ids must be unique over all lists, they key the random draws.
+            val: validation prompts.
+            test: test prompts.
+            settings: the other arguments of the constructor.
+
+        Raises:
+            ValueError: when two prompts share an id.
+        """
+        everyone = [p.id for p in (*train, *val, *test)]
+        if len(set(everyone)) < len(everyone):
+            raise ValueError("Two prompts share an id; ids key the random draws, so number them.")
+        data = cls(**settings)
+        lists = {"train": train, "val": val, "test": test}
+        data._prompts |= {split: rows for split, rows in lists.items() if rows}
+        return data
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Return the prompts of a split, from the user or from the adapter.
@@ -224,7 +250,7 @@ class PromptDataModule(LightningDataModule):
         Raises:
             ValueError: when neither has any.
         """
-        if split not in self._read:
+        if split not in self._prompts:
             defaults: Defaults | None = None
             if split != "predict" and self.trainer is not None:
                 defaults = self.trainer.lightning_module.adapter.defaults()  # type: ignore[union-attr, operator]
@@ -232,13 +258,13 @@ class PromptDataModule(LightningDataModule):
                 raise ValueError(
                     f"There are no prompts: set data.{split}"
                     + (
-                        ", for example --data.predict '[\"three plus four\"]'."
+                        ", for example --data.predict 'what is three plus four'."
                         if split == "predict"
                         else "."
                     )
                 )
-            self._read[split] = getattr(defaults, split)
-        return self._read[split]
+            self._prompts[split] = getattr(defaults, split)
+        return self._prompts[split]
 
     @override
     def train_dataloader(self) -> PromptLoader:

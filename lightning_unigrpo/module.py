@@ -316,7 +316,15 @@ class UniGRPOModule(LightningModule):
         experience.metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
 
     def _needs_velocity(self) -> bool:
-        return self.objective.flow_weight > 0 or self.objective.needs_ref_velocity
+        """Whether velocities are scored: also with weight 0 while the flow group trains.
+
+        Every backward of every rank must reach the same parameters, or data-parallel ranks wait.
+        """
+        return (
+            self.objective.flow_weight > 0
+            or self.objective.needs_ref_velocity
+            or "flow" in self._trainable()
+        )
 
     def _global(self, counts: Counts) -> Counts:
         return Counts(*distributed.reduce_sum(torch.tensor(counts, device=self.device)).tolist())
@@ -387,7 +395,7 @@ class UniGRPOModule(LightningModule):
         return self._own_data("test").test_dataloader()
 
     def _own_data(self, stage: str) -> PromptDataModule:
-        data = PromptDataModule(train=self._prompts)
+        data = PromptDataModule.from_prompts(self._prompts or ())
         data.trainer = self.trainer
         data.setup(stage)
         return data

@@ -5,9 +5,10 @@ A reward is any callable that takes keyword lists and returns one number per rol
     def reward(*, images, prompts, completions, **columns) -> Sequence[float | None] | Tensor | dict
 
 It receives what its signature names: ``images`` (``[B, 3, H, W]`` float32 in [0, 1], or a list when
-sizes differ), ``prompts``, ``completions`` (the reasoning in words) and the data set's columns, each a
-list of B. ``None`` or NaN means *not scorable*: such a rollout takes no part in its group's comparison.
-So does one whose reward raised; a silent 0 would look like the worst rollout of the group.
+sizes differ; see :attr:`Reward.image_format`), ``prompts``, ``completions`` (the reasoning in words),
+``num_tokens`` (its length) and the data set's columns, each a list of B. ``None`` or NaN means *not
+scorable*: such a rollout takes no part in its group's comparison. So does one whose reward raised; a
+silent 0 would look like the worst rollout of the group.
 """
 
 from __future__ import annotations
@@ -16,60 +17,101 @@ import asyncio
 import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from threading import Semaphore, Thread
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_unigrpo.types import Trajectory
+from lightning_unigrpo.types import TextSegment, Trajectory
+
+ImageFormat: TypeAlias = Literal["tensor", "uint8", "pil"]
 
 
 @dataclass(eq=False)
 class Reward:
-    """A callable with its weight and its rules."""
+    """A callable with its weight and its rules.
+
+    Called without gradients and without autocast, wherever it runs.
+    """
 
     fn: Callable[..., Any]
-    """The reward itself."""
+    """The reward itself: a function (``async`` too), an object that can be called, a module."""
     weight: float = 1.0
     """In the combined reward; 0 = logged only."""
     name: str | None = None
     """In the logs; ``None`` = the callable's own."""
     required: bool = False
     """Whether a failure stops the run instead of leaving rollouts unscored."""
+    batch_size: int | None = None
+    """Rollouts per call; ``None`` = those that were drawn together."""
+    timeout: float | None = 120.0
+    """Seconds without any answer, counted from the end of the rollout, after which what is still out is
+    given up; ``None`` waits for ever. Only for rewards that run beside the rollout."""
+    concurrency: int = 1
+    """Calls at the same time; more than 1 makes it ``remote``."""
     remote: bool = False
-    """Whether it waits for another machine: then it runs in a thread while rollouts go on."""
-    timeout: float = 120.0
-    """Seconds to wait for a remote reward, counted from the end of the rollout."""
+    """Whether it waits for another machine: then it runs in threads while rollouts go on. True as well
+    for ``async`` functions and for callables that say ``is_remote = True``."""
+    image_format: ImageFormat | None = None
+    """``tensor``: ``[B, 3, H, W]`` float32 in [0, 1]; ``uint8``: a list of ``[3, H, W]`` in 0..255;
+    ``pil``: a list of images. ``None`` = what the callable says (``image_format``), else ``tensor``."""
+    traced: bool = field(default=False, init=False, repr=False)
+    """Whether a failure was already reported at full length."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be called, and settle the name."""
+        """Refuse what cannot be called, and settle what the callable decides."""
         if not callable(self.fn):
             raise ValueError(
                 f"model.rewards: {self.fn!r} is not callable; give a function, or a class with "
                 "class_path and init_args."
             )
-        if self.timeout <= 0:
-            raise ValueError(f"Reward.timeout is {self.timeout}; give seconds, more than 0.")
         self.name = self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
+        for key in ("timeout", "batch_size", "concurrency"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"Reward.{key} of '{self.name}' is {value}; give more than 0.")
+        self.image_format = self.image_format or getattr(self.fn, "image_format", "tensor")
+        if self.image_format not in get_args(ImageFormat):
+            raise ValueError(
+                f"Reward.image_format of '{self.name}' is {self.image_format!r}; give one of "
+                f"{get_args(ImageFormat)}."
+            )
+        awaits = any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
+        self.remote = (
+            self.remote or self.concurrency > 1 or awaits or getattr(self.fn, "is_remote", False)
+        )
 
+    def select(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that the callable's signature names.
+
+        Raises:
+            MissingColumnError: when it asks for one that is not there.
+        """
+        called = self.fn.forward if isinstance(self.fn, nn.Module) else self.fn
+        parameters = inspect.signature(called).parameters.values()
+        named = [p for p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
+        missing = [p.name for p in named if p.default is p.empty and p.name not in columns]
+        if missing:
+            raise MissingColumnError(
+                f"Reward '{self.name}' asks for {missing}, but the prompts offer {sorted(columns)}: "
+                "rename its parameter, or add the column to the prompt file (data.train)."
+            )
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return dict(columns)
+        return {p.name: columns[p.name] for p in named if p.name in columns}
+
+    @torch.no_grad()
     def __call__(self, **columns: Any) -> Any:
         """Call the reward with what its signature names; coroutines are run to their end."""
-        parameters = inspect.signature(self.fn).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            missing = [p.name for p in parameters if p.default is p.empty and p.name not in columns]
-            if missing:
-                raise MissingColumnError(
-                    f"Reward '{self.name}' asks for {missing}, but the prompts offer {sorted(columns)}: "
-                    "rename its parameter, or add the column to the prompt file (data.train)."
-                )
-            columns = {p.name: columns[p.name] for p in parameters if p.name in columns}
-        result = self.fn(**columns)
-        return asyncio.run(_finish(result)) if inspect.isawaitable(result) else result
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            result = self.fn(**self.select(columns))
+            return asyncio.run(_finish(result)) if inspect.isawaitable(result) else result
 
 
 class MissingColumnError(ValueError):
@@ -127,17 +169,34 @@ def combine(rewards: Tensor, weights: Tensor) -> Tensor:
     return torch.where(counted.any(1), total, torch.nan)
 
 
+def require_scores(rewards: Tensor, names: Sequence[str], weights: Tensor) -> None:
+    """Refuse a collection of which a reward that counts has scored nothing.
+
+    Args:
+        rewards: ``[n, m]`` float32, NaN = not scorable.
+        names: of the m rewards.
+        weights: ``[m]`` float32.
+
+    Raises:
+        RuntimeError: naming the reward.
+    """
+    for name, column, weight in zip(names, rewards.unbind(1), weights.tolist(), strict=True):
+        if weight and not column.isfinite().any():
+            raise RuntimeError(
+                f"Reward '{name}' scored none of {len(column)} rollouts (NaN, None or an error for all): "
+                "there is nothing to learn from. Check the reward, its service and model.rewards."
+            )
+
+
 @dataclass
 class RewardRunner:
     """Scores a collection chunk by chunk; remote rewards work while the next chunk is drawn.
 
     Args:
         rewards: callables or :class:`Reward`.
-        workers: threads for remote rewards.
     """
 
     rewards: Sequence[Callable[..., Any]]
-    workers: int = 4
     failures: dict[str, int] = field(default_factory=dict)
     """How many rollouts each reward failed to score, by name."""
 
@@ -146,33 +205,47 @@ class RewardRunner:
         self._rewards = wrap(self.rewards)
         self.names = [str(r.name) for r in self._rewards]
         self.weights = torch.tensor([r.weight for r in self._rewards])
-        self._pending: list[list[tuple[int, Future[Any] | _Outcome]]] = []
-        self._details: dict[str, list[float]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._gates = [Semaphore(reward.concurrency) for reward in self._rewards]
+        self._calls: list[list[tuple[int, Future[Any]]]] = [[] for _ in self._rewards]
+        self._details: dict[str, list[Tensor]] = {}
 
     def __enter__(self) -> Self:
         """Begin."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of the threads; a reward that hangs is not waited for."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        """Call off what has not begun; a reward that hangs is not waited for."""
+        for calls in self._calls:
+            for _, future in calls:
+                future.cancel()
 
     def submit(self, trajectories: Sequence[Trajectory]) -> None:
-        """Score a finished chunk now, or hand it to a thread."""
-        columns = gather_columns(trajectories)
-        row: list[tuple[int, Future[Any] | _Outcome]] = []
-        for reward in self._rewards:
-            if reward.remote:
-                self._pool = self._pool or ThreadPoolExecutor(self.workers)
-                row.append((len(trajectories), self._pool.submit(reward, **columns)))
-            else:
-                row.append((len(trajectories), _attempt(reward, columns)))
-        self._pending.append(row)
+        """Score a finished chunk now, or hand it to threads.
 
-    def finish(self) -> tuple[Tensor, dict[str, float]]:
+        Raises:
+            MissingColumnError: when a reward asks for a column that is not there.
+        """
+        columns = gather_columns(trajectories)
+        images = {"tensor": columns.get("images")}
+        for reward, gate, calls in zip(self._rewards, self._gates, self._calls, strict=True):
+            chosen = reward.select(columns)
+            if "images" in chosen:
+                kind = cast(ImageFormat, reward.image_format)
+                if kind not in images:
+                    images[kind] = convert_images(columns["images"], kind)
+                chosen["images"] = images[kind]
+            size = reward.batch_size or len(trajectories)
+            for first in range(0, len(trajectories), size):
+                part = {key: column[first : first + size] for key, column in chosen.items()}
+                count = min(size, len(trajectories) - first)
+                calls.append((count, _start(partial(reward, **part), gate, aside=reward.remote)))
+
+    def finish(self, *, check: bool = True) -> tuple[Tensor, dict[str, float]]:
         """Wait for what is out and return all rewards.
+
+        Args:
+            check: whether a reward that scored nothing is an error (:func:`require_scores`). A rank that
+                holds few rollouts may want to ask only when those of all ranks are together.
 
         Returns:
             ``[n, m]`` float32 with NaN where nothing could be scored, and details for the logs: means of
@@ -180,98 +253,160 @@ class RewardRunner:
 
         Raises:
             RuntimeError: when a required reward failed, or one scored not a single rollout.
+            ValueError: when what a reward returned cannot be read.
         """
-        columns = [
-            torch.cat([self._value(reward, *row[j]) for row in self._pending])
-            for j, reward in enumerate(self._rewards)
-        ]
-        for reward, column in zip(self._rewards, columns, strict=True):
-            if reward.weight and not column.isfinite().any():
-                raise RuntimeError(
-                    f"Reward '{reward.name}' scored none of {len(column)} rollouts (NaN, None or an error "
-                    "for all): there is nothing to learn from. Check the reward, its service and "
-                    "model.rewards."
-                )
-        details = {key: sum(values) / len(values) for key, values in self._details.items()}
+        columns = []
+        for reward, calls in zip(self._rewards, self._calls, strict=True):
+            _settle([future for _, future in calls], reward.timeout)
+            columns.append(torch.cat([self._value(reward, *call) for call in calls]))
+        rewards = torch.stack(columns, 1)
+        if check:
+            require_scores(rewards, self.names, self.weights)
+        details = {key: float(torch.cat(parts).nanmean()) for key, parts in self._details.items()}
         details |= {f"reward/{n}/failures": float(self.failures.get(n, 0)) for n in self.names}
-        return torch.stack(columns, 1), details
+        return rewards, details
 
-    def _value(self, reward: Reward, count: int, outcome: Future[Any] | _Outcome) -> Tensor:
+    def _value(self, reward: Reward, count: int, future: Future[Any]) -> Tensor:
         name = str(reward.name)
-        if isinstance(outcome, Future):
-            outcome = _await(outcome, reward)
-        if outcome.error is None:
-            return self._read(name, outcome.value, count)
-        if reward.required or isinstance(outcome.error, MissingColumnError):
-            raise outcome.error
-        if name not in self.failures:
-            warnings.warn(
-                f"Reward '{name}' failed; {count} rollouts stay unscored.\n{outcome.trace}",
-                stacklevel=3,
-            )
+        error: BaseException | None
+        if future.done() and not future.cancelled():
+            error = future.exception()
+        else:
+            error = TimeoutError(f"no answer within Reward.timeout = {reward.timeout} s")
+        if error is None:
+            scores, details = read_scores(name, future.result(), count)
+            for key, values in details.items():
+                self._details.setdefault(f"reward/{name}/{key}", []).append(values)
+            return scores
+        if reward.required:
+            raise RuntimeError(
+                f"Reward '{name}' failed and is required (model.rewards): {error!r}"
+            ) from error
+        trace = f"{error!r}" if reward.traced else "".join(traceback.format_exception(error))
+        warnings.warn(
+            f"Reward '{name}' failed; {count} rollouts stay unscored.\n{trace}", stacklevel=3
+        )
+        reward.traced = True
         self.failures[name] = self.failures.get(name, 0) + count
         return torch.full((count,), torch.nan)
 
-    def _read(self, name: str, value: Any, count: int) -> Tensor:
-        """Turn what a reward returned into ``[count]`` float32, NaN for what it left out."""
-        if isinstance(value, Mapping):
-            for key, detail in value.items():
-                if key != "score":
-                    numbers = torch.as_tensor(detail, dtype=torch.float32).flatten().tolist()
-                    self._details.setdefault(f"reward/{name}/{key}", []).extend(numbers)
-            value = value["score"]
-        if not isinstance(value, Tensor):
-            value = torch.tensor([float("nan") if v is None else float(v) for v in value])
-        scores = value.detach().float().cpu().flatten()
-        if len(scores) != count:
-            raise RewardLengthError(
-                f"Reward '{name}' returned {len(scores)} values for {count} rollouts; it must return one "
-                "per image, in order (model.rewards)."
-            )
-        return torch.where(scores.isfinite(), scores, torch.nan)
+
+def _start(call: Callable[[], Any], gate: Semaphore, *, aside: bool) -> Future[Any]:
+    """Make a call here, or aside in a thread that does not keep the process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        with gate:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+
+    if aside:
+        Thread(target=run, daemon=True).start()
+    else:
+        run()
+    return future
 
 
-@dataclass
-class _Outcome:
-    """What a call gave: a value or an error with its trace."""
+def _settle(futures: Iterable[Future[Any]], timeout: float | None) -> None:
+    """Wait until all calls are done, or none of them has ended for ``timeout`` seconds."""
+    waiting = {future for future in futures if not future.done()}
+    while waiting:
+        done, waiting = wait(waiting, timeout, return_when=FIRST_COMPLETED)
+        if not done:
+            for future in waiting:
+                future.cancel()
+            return
 
-    value: Any = None
-    error: Exception | None = None
-    trace: str = ""
+
+def read_scores(name: str, value: Any, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Read what a reward returned.
+
+    Args:
+        name: of the reward.
+        value: numbers or ``None``, one per rollout, or a mapping of ``score`` to them and of details to
+            any numbers.
+        count: number of rollouts.
+
+    Returns:
+        ``[count]`` float32 on the CPU, NaN for what is not finite, and the details likewise.
+
+    Raises:
+        RewardLengthError: when there is not one value per rollout.
+        ValueError: when a value is no number, or a mapping has no ``score``.
+    """
+    details = dict(value) if isinstance(value, Mapping) else {"score": value}
+    if "score" not in details:
+        raise ValueError(
+            f"Reward '{name}' returned the keys {sorted(details)}, but no 'score' (model.rewards)."
+        )
+    numbers = {key: _numbers(f"{name}: {key}", values) for key, values in details.items()}
+    scores = numbers.pop("score")
+    if len(scores) != count:
+        raise RewardLengthError(
+            f"Reward '{name}' returned {len(scores)} values for {count} rollouts; it must return one per "
+            "image, in order (model.rewards)."
+        )
+    return scores, numbers
 
 
-def _attempt(reward: Reward, columns: Mapping[str, Any]) -> _Outcome:
+def _numbers(what: str, values: Any) -> Tensor:
     try:
-        return _Outcome(reward(**columns))
-    except Exception as error:
-        return _Outcome(error=error, trace=traceback.format_exc(limit=-3))
+        if not hasattr(values, "dtype"):  # neither a tensor nor an array
+            many = values if isinstance(values, Iterable) else [values]
+            values = [float("nan") if value is None else float(value) for value in many]
+        numbers = torch.as_tensor(values).detach().float().cpu().flatten()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Reward '{what}' holds something that is no number ({error}); return a list of float or "
+            "None, or a tensor (model.rewards)."
+        ) from error
+    return torch.where(numbers.isfinite(), numbers, torch.nan)
 
 
-def _await(future: Future[Any], reward: Reward) -> _Outcome:
-    try:
-        return _Outcome(future.result(timeout=reward.timeout))
-    except FutureTimeout:
-        error = TimeoutError(f"no answer within Reward.timeout = {reward.timeout} s")
-        return _Outcome(error=error, trace=str(error))
-    except Exception as error:
-        return _Outcome(error=error, trace=traceback.format_exc(limit=-3))
+def convert_images(images: Tensor | Sequence[Tensor | None], kind: ImageFormat) -> Any:
+    """Turn ``[3, H, W]`` images in [0, 1] into what a reward declares; see :class:`Reward`."""
+    if kind == "tensor":
+        return images
+    rounded = [
+        None if image is None else (image * 255).round().clamp(0, 255).byte() for image in images
+    ]
+    if kind == "uint8":
+        return rounded
+    from PIL import Image
+
+    return [
+        None if image is None else Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        for image in rounded
+    ]
 
 
 def gather_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the keyword lists that rewards choose from.
 
-    A column that only some prompts have holds None for the others.
+    The data set's columns (None where a prompt lacks one); ``prompts``; ``completions``; ``num_tokens``,
+    sampled text tokens; ``images``, None where nothing was drawn; ``input_images``, those of the prompts.
     """
-    images = [t.image for t in trajectories if t.image is not None]
-    same = len({image.shape for image in images}) == 1 and len(images) == len(trajectories)
     names = dict.fromkeys(name for t in trajectories for name in t.prompt.columns)
     columns: dict[str, Any] = {
         name: [t.prompt.columns.get(name) for t in trajectories] for name in names
     }
     columns["prompts"] = [t.prompt.text for t in trajectories]
     columns["completions"] = [t.completion for t in trajectories]
-    if images:
-        columns["images"] = (
-            torch.stack(images).detach().float() if same else [i.detach() for i in images]
-        )
+    columns["num_tokens"] = [
+        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
+        for t in trajectories
+    ]
+    if any(t.prompt.images for t in trajectories):
+        columns["input_images"] = [t.prompt.images for t in trajectories]
+    images = [None if t.image is None else t.image.detach().float() for t in trajectories]
+    drawn = [image for image in images if image is not None]
+    if drawn:
+        same = len(drawn) == len(images) and len({image.shape for image in drawn}) == 1
+        columns["images"] = torch.stack(drawn) if same else images
     return columns

@@ -134,7 +134,7 @@ class Report:
 
 
 CHECKS: list[Check] = []
-"""Every check, in the order in which they run: a failure may explain those below it."""
+"""Every check, in the order in which they run: parts first, so that a failure explains later ones."""
 
 
 def check_adapter(
@@ -249,6 +249,7 @@ class Subject:
         self.adapter, self.prompts, self.rounds = adapter, prompts, rounds
         weight = next(adapter.net.parameters())
         self.device = weight.device
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.atol = ATOL.get(weight.dtype, COARSE) if atol is None else atol
         self.is_flow = adapter.image_policy == "flow"
         self._drawn: dict[int, list[Trajectory] | None] = {}
@@ -710,135 +711,20 @@ def extend_after_drawing(s: Subject) -> float | None:
     return s.differ(walked, lambda: s.adapter.prefill(whole))
 
 
-# ---- rollouts, and what the packed pass says about them
-
-
 @_rule(
-    "a rollout runs, and its log-probabilities, latents and images are finite",
-    mend="see the error; the methods it names do not fit together",
-    bound=0,
-    per_round=True,
+    "the image depends on the reasoning: other words, another image",
+    mend="show the sampled text to the image block",
+    bound=1e-6,
+    at_least=True,
 )
-def rollouts_run(s: Subject) -> Finding:
-    """Number of values that are not finite."""
-    parts = []
-    for trajectory, segment in sampled(s.trajectories):
-        if isinstance(segment, ImageSegment):
-            parts += [segment.latent, segment.velocity, trajectory.image]
-        else:
-            parts.append(segment.log_prob)
-    wrong = sum(int((~part.isfinite()).sum()) for part in parts if part is not None)
-    return Finding(wrong, f"{len(parts)} tensors")
-
-
-@_rule(
-    "forward gives one float32 entry per sampled segment in walking order, entropies detached",
-    mend="walk trajectories, then segments; skip the given ones; return [L], [K, N, C] and [N]",
-    bound=0,
-    per_round=True,
-)
-def scores_shapes(s: Subject) -> Finding:
-    """Entries of a wrong shape or dtype."""
-    scores = s.adapter(s.trajectories)
-    segments = [segment for _, segment in sampled(s.trajectories)]
-    texts = [x.tokens for x in segments if isinstance(x, TextSegment)]
-    flows = [x.noise for x in segments if isinstance(x, ImageSegment) and x.noise is not None]
-    codes = [x.tokens for x in segments if isinstance(x, TokenImageSegment)]
-    wrong = []
-    for name, expected in (
-        ("text", texts),
-        ("entropy", texts),
-        ("velocity", flows),
-        ("image_tokens", codes),
-    ):
-        found = getattr(scores, name)
-        if [x.shape for x in found] != [x.shape for x in expected]:
-            wrong.append(f"{name}: {[list(x.shape) for x in found]}")
-        wrong += [f"{name}: {x.dtype}" for x in found if x.dtype != torch.float32]
-    with torch.enable_grad():
-        if any(x.requires_grad for x in s.adapter(s.trajectories[:1]).entropy):
-            wrong.append("entropy has a gradient")
-    return Finding(len(wrong), _names(wrong))
-
-
-@_rule(
-    "cached decoding and the packed pass give a text the same log-probabilities",
-    mend="compare positions, marks and mask of decoded tokens; divide logits by the temperature",
-    per_round=True,
-)
-def text_log_probs(s: Subject) -> Finding:
-    """Nats between rollout and forward."""
-    old = [x.log_prob for _, x in sampled(s.trajectories) if isinstance(x, TextSegment)]
-    pairs = zip(s.adapter(s.trajectories).text, old, strict=True)
-    errors = [nats(new, known) for new, known in pairs if known is not None]
-    return Finding(worst(errors), f"text {errors.index(max(errors))} of {len(errors)} is worst")
-
-
-@_rule(
-    "the same for texts that stop at once, late or never, side by side and in later rounds",
-    mend="finished rows wait with active=False; extend closes the texts that were cut",
-    per_round=True,
-)
-def ragged_texts(s: Subject) -> float:
-    """Nats between words fed one by one and the packed pass."""
-    texts = s.texts()
-    before = [h[: 2 * (s.rounds - 1)] for h in s.history()]
-    cache = s.adapter.prefill(s.contexts)
-    for place in zip(*before, strict=True):
-        s.adapter.extend(cache, place)
-    cached = s.decoded(cache, texts)
-    rows = zip(s.prompts, s.contexts, before, texts, strict=True)
-    packed = s.adapter(
-        [
-            _trajectory(prompt, [*c, *b, replace(text, log_prob=torch.zeros(len(text.tokens)))])
-            for prompt, c, b, text in rows
-        ]
-    ).text
-    return worst([nats(a, b) for a, b in zip(packed, cached, strict=True)])
-
-
-@_rule(
-    "velocity and the packed pass give the same velocities",
-    mend="compare the image block: its marks and their weights, positions, who sees whom, sigma",
-    per_round=True,
-)
-def velocities(s: Subject) -> float | None:
-    """Relative distance between rollout and forward, per SDE step."""
-    if not s.is_flow:
-        return None
-    old = [x.velocity for _, x in sampled(s.trajectories) if isinstance(x, ImageSegment)]
-    pairs = zip(s.adapter(s.trajectories).velocity, old, strict=True)
-    return worst([apart(new, known) for new, known in pairs if known is not None])
-
-
-@_rule(
-    "next_image_logits and the packed pass give the same log-probabilities of codes",
-    mend="rebuild the state of each step from tokens and step; compare places and marks",
-    per_round=True,
-)
-def image_log_probs(s: Subject) -> float | None:
-    """Nats between rollout and forward."""
-    if s.is_flow:
-        return None
-    old = [x.log_prob for _, x in sampled(s.trajectories) if isinstance(x, TokenImageSegment)]
-    pairs = zip(s.adapter(s.trajectories).image_tokens, old, strict=True)
-    return worst([nats(new, known) for new, known in pairs if known is not None])
-
-
-@_rule(
-    "every position of a discrete image is revealed exactly once, some at each step",
-    mend="return the positions that are still -1, and num_revealed >= 1 of them",
-    bound=0,
-    per_round=True,
-)
-def codes_revealed_once(s: Subject) -> int | None:
-    """Images with an open position or an idle step."""
-    if s.is_flow:
-        return None
-    images = [x for _, x in sampled(s.trajectories) if isinstance(x, TokenImageSegment)]
-    return sum(
-        bool((x.tokens < 0).any()) or x.step is None or 0 in torch.bincount(x.step) for x in images
-    )
+def image_sees_text(s: Subject) -> float:
+    """Change of the image's answer between two reasoning texts of the same length."""
+    text = s.texts()[2]
+    other = replace(text, tokens=torch.cat([text.tokens[:-1].flip(0), text.tokens[-1:]]))
+    [one, two] = [
+        s.image_output(s.adapter.prefill([[*s.contexts[0], words]]), [0]) for words in (text, other)
+    ]
+    return apart(one, two)
 
 
 @_rule(
@@ -868,6 +754,73 @@ def ode_at_eta_0(s: Subject) -> float | None:
         )
         errors.append(apart(torch.stack([image.latent for image in images]), x))
     return worst(errors)
+
+
+# ---- the packed pass
+
+
+@_rule(
+    "a rollout runs, and its log-probabilities, latents and images are finite",
+    mend="see the error; the methods it names do not fit together",
+    bound=0,
+    per_round=True,
+)
+def rollouts_run(s: Subject) -> Finding:
+    """Number of values that are not finite."""
+    parts = []
+    for trajectory, segment in sampled(s.trajectories):
+        if isinstance(segment, ImageSegment):
+            parts += [segment.latent, segment.velocity, trajectory.image]
+        else:
+            parts.append(segment.log_prob)
+    wrong = sum(int((~part.isfinite()).sum()) for part in parts if part is not None)
+    return Finding(wrong, f"{len(parts)} tensors")
+
+
+@_rule(
+    "every position of a discrete image is revealed exactly once, some at each step",
+    mend="return the positions that are still -1, and num_revealed >= 1 of them",
+    bound=0,
+    per_round=True,
+)
+def codes_revealed_once(s: Subject) -> int | None:
+    """Images with an open position or an idle step."""
+    if s.is_flow:
+        return None
+    images = [x for _, x in sampled(s.trajectories) if isinstance(x, TokenImageSegment)]
+    return sum(
+        bool((x.tokens < 0).any()) or x.step is None or 0 in torch.bincount(x.step) for x in images
+    )
+
+
+@_rule(
+    "forward gives one entry (float32) per sampled segment in walking order, entropies detached",
+    mend="walk trajectories, then segments; skip the given ones; return [L], [K, N, C] and [N]",
+    bound=0,
+    per_round=True,
+)
+def scores_shapes(s: Subject) -> Finding:
+    """Entries of a wrong shape or dtype."""
+    scores = s.adapter(s.trajectories)
+    segments = [segment for _, segment in sampled(s.trajectories)]
+    texts = [x.tokens for x in segments if isinstance(x, TextSegment)]
+    flows = [x.noise for x in segments if isinstance(x, ImageSegment) and x.noise is not None]
+    codes = [x.tokens for x in segments if isinstance(x, TokenImageSegment)]
+    wrong = []
+    for name, expected in (
+        ("text", texts),
+        ("entropy", texts),
+        ("velocity", flows),
+        ("image_tokens", codes),
+    ):
+        found = getattr(scores, name)
+        if [x.shape for x in found] != [x.shape for x in expected]:
+            wrong.append(f"{name}: {[list(x.shape) for x in found]}")
+        wrong += [f"{name}: {x.dtype}" for x in found if x.dtype not in (torch.float32, s.wide)]
+    with torch.enable_grad():
+        if any(x.requires_grad for x in s.adapter(s.trajectories[:1]).entropy):
+            wrong.append("entropy has a gradient")
+    return Finding(len(wrong), _names(wrong))
 
 
 @_rule(
@@ -990,6 +943,89 @@ def gradient_checkpointing(s: Subject) -> Finding | None:
     return Finding(worst(list(errors.values())), str({k: f"{v:.1e}" for k, v in errors.items()}))
 
 
+@_rule(
+    "reference() is another policy inside its context only",
+    mend="undo in a finally clause what the context switched off",
+    bound=0,
+)
+def reference_is_undone(s: Subject) -> float | None:
+    """Change of the scores after the context was left."""
+    before = s.adapter(s.trajectories)
+    context = s.adapter.reference()
+    if context is None:
+        return None
+    with context:
+        s.adapter(s.trajectories)
+    return scores_apart(s.adapter(s.trajectories), before)
+
+
+# ---- both are one policy
+
+
+@_rule(
+    "cached decoding and the packed pass give a text the same log-probabilities",
+    mend="compare positions, marks and mask of decoded tokens; divide logits by the temperature",
+    per_round=True,
+)
+def text_log_probs(s: Subject) -> Finding:
+    """Nats between rollout and forward."""
+    old = [x.log_prob for _, x in sampled(s.trajectories) if isinstance(x, TextSegment)]
+    pairs = zip(s.adapter(s.trajectories).text, old, strict=True)
+    errors = [nats(new, known) for new, known in pairs if known is not None]
+    return Finding(worst(errors), f"text {errors.index(max(errors))} of {len(errors)} is worst")
+
+
+@_rule(
+    "the same for texts that stop at once, late or never, side by side and in later rounds",
+    mend="finished rows wait with active=False; extend closes the texts that were cut",
+    per_round=True,
+)
+def ragged_texts(s: Subject) -> float:
+    """Nats between words fed one by one and the packed pass."""
+    texts = s.texts()
+    before = [h[: 2 * (s.rounds - 1)] for h in s.history()]
+    cache = s.adapter.prefill(s.contexts)
+    for place in zip(*before, strict=True):
+        s.adapter.extend(cache, place)
+    cached = s.decoded(cache, texts)
+    rows = zip(s.prompts, s.contexts, before, texts, strict=True)
+    packed = s.adapter(
+        [
+            _trajectory(prompt, [*c, *b, replace(text, log_prob=torch.zeros(len(text.tokens)))])
+            for prompt, c, b, text in rows
+        ]
+    ).text
+    return worst([nats(a, b) for a, b in zip(packed, cached, strict=True)])
+
+
+@_rule(
+    "velocity and the packed pass give the same velocities",
+    mend="compare the image block: its marks and their weights, positions, who sees whom, sigma",
+    per_round=True,
+)
+def velocities(s: Subject) -> float | None:
+    """Relative distance between rollout and forward, per SDE step."""
+    if not s.is_flow:
+        return None
+    old = [x.velocity for _, x in sampled(s.trajectories) if isinstance(x, ImageSegment)]
+    pairs = zip(s.adapter(s.trajectories).velocity, old, strict=True)
+    return worst([apart(new, known) for new, known in pairs if known is not None])
+
+
+@_rule(
+    "next_image_logits and the packed pass give the same log-probabilities of codes",
+    mend="rebuild the state of each step from tokens and step; compare places and marks",
+    per_round=True,
+)
+def image_log_probs(s: Subject) -> float | None:
+    """Nats between rollout and forward."""
+    if s.is_flow:
+        return None
+    old = [x.log_prob for _, x in sampled(s.trajectories) if isinstance(x, TokenImageSegment)]
+    pairs = zip(s.adapter(s.trajectories).image_tokens, old, strict=True)
+    return worst([nats(new, known) for new, known in pairs if known is not None])
+
+
 # ---- gradients
 
 
@@ -1002,7 +1038,8 @@ def gradient_checkpointing(s: Subject) -> Finding | None:
 def gradients(s: Subject) -> Finding:
     """Weights without a gradient (a strategy would wait for it), and groups whose gradient is 0."""
     with torch.enable_grad():
-        total = sum(_image_total(x) for x in [s.adapter(s.trajectories)]) + _text_total(s)
+        scores = s.adapter(s.trajectories)
+        total = _image_total(scores) + _weighted(scores.text)
     names = {id(p): name for name, p in s.adapter.net.named_parameters()}
     wrong = []
     for group, listed in s.adapter.param_groups().items():
@@ -1013,22 +1050,6 @@ def gradients(s: Subject) -> Finding:
         if live and not any(g is not None and bool(g.any()) for _, g in pairs):
             wrong.append(f"all of {group!r}")
     return Finding(len(wrong), _names(wrong))
-
-
-@_rule(
-    "the image depends on the reasoning: other words, another image",
-    mend="show the sampled text to the image block",
-    bound=1e-6,
-    at_least=True,
-)
-def image_sees_text(s: Subject) -> float:
-    """Change of the image's answer between two reasoning texts of the same length."""
-    text = s.texts()[2]
-    other = replace(text, tokens=torch.cat([text.tokens[:-1].flip(0), text.tokens[-1:]]))
-    [one, two] = [
-        s.image_output(s.adapter.prefill([[*s.contexts[0], words]]), [0]) for words in (text, other)
-    ]
-    return apart(one, two)
 
 
 @_rule(
@@ -1064,22 +1085,6 @@ def image_loss_reaches_text(s: Subject) -> Finding | None:
     return Finding(
         worst(errors), f"autograd {expected[0]:.3g}, finite difference {measured[0]:.3g}"
     )
-
-
-@_rule(
-    "reference() is another policy inside its context only",
-    mend="undo in a finally clause what the context switched off",
-    bound=0,
-)
-def reference_is_undone(s: Subject) -> float | None:
-    """Change of the scores after the context was left."""
-    before = s.adapter(s.trajectories)
-    context = s.adapter.reference()
-    if context is None:
-        return None
-    with context:
-        s.adapter(s.trajectories)
-    return scores_apart(s.adapter(s.trajectories), before)
 
 
 # ---- small helpers
@@ -1143,10 +1148,6 @@ def _weighted(parts: Sequence[Tensor]) -> Tensor:
 
 def _image_total(scores: Scores) -> Tensor:
     return _weighted([*scores.velocity, *scores.image_tokens])
-
-
-def _text_total(s: Subject) -> Tensor:
-    return _weighted(s.adapter(s.trajectories).text)
 
 
 def _gradient(s: Subject) -> tuple[Scores, Tensor]:

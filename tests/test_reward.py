@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+from torch import nn
 
 from lightning_unigrpo.reward import (
     MissingColumnError,
@@ -14,8 +19,12 @@ from lightning_unigrpo.reward import (
     RewardLengthError,
     RewardRunner,
     combine,
+    gather_columns,
+    require_scores,
+    wrap,
 )
-from lightning_unigrpo.types import Prompt, Trajectory
+from lightning_unigrpo.rewards import SoftLength, ThinkFormat
+from lightning_unigrpo.types import Prompt, TextSegment, Trajectory
 
 
 def trajectories(num: int = 3, sizes: tuple[int, ...] = (4,)) -> list[Trajectory]:
@@ -54,7 +63,7 @@ def test_the_signature_decides_what_is_passed() -> None:
     matrix, _ = run(some, everything)
     assert seen["images"].shape == (3, 3, 4, 4)
     assert seen["images"].dtype == torch.float32
-    assert seen["all"] == ["answer", "completions", "images", "prompts"]
+    assert seen["all"] == ["answer", "completions", "images", "num_tokens", "prompts"]
     assert matrix.tolist() == [[0, 0], [1, 0], [2, 0]]
 
 
@@ -125,8 +134,9 @@ def test_a_required_reward_stops_the_run() -> None:
     def broken(answer: list[int]) -> list[int]:
         raise KeyError("gone")
 
-    with pytest.raises(KeyError, match="gone"):
+    with pytest.raises(RuntimeError, match=r"'broken' failed and is required.*gone") as caught:
         run(Reward(broken, required=True))
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_reward_that_scores_nothing_stops_the_run() -> None:
@@ -144,29 +154,271 @@ def test_remote_rewards_run_while_the_next_chunk_is_drawn_and_keep_their_order()
         assert gate.wait(5)
         return answer
 
-    with RewardRunner([Reward(slow, remote=True)], workers=3) as runner:
+    with RewardRunner([Reward(slow, remote=True)]) as runner:
         for row in trajectories():
             runner.submit([row])  # would block here if it were not remote
         gate.set()
         assert runner.finish()[0].flatten().tolist() == [0, 1, 2]
 
 
-def test_a_remote_reward_that_hangs_is_given_up() -> None:
-    gate = threading.Event()
+@pytest.mark.parametrize(("concurrency", "lost"), [(3, [0]), (1, [0, 1, 2])])
+def test_a_remote_reward_that_hangs_is_given_up(concurrency: int, lost: list[int]) -> None:
+    begun, gate = threading.Event(), threading.Event()
 
     def hangs(answer: list[int]) -> list[int]:
         if 0 in answer:
+            begun.set()
             gate.wait(5)
         return answer
 
-    with RewardRunner([Reward(hangs, remote=True, timeout=0.05)], workers=3) as runner:
+    reward = Reward(hangs, remote=True, timeout=0.05, concurrency=concurrency)
+    with RewardRunner([reward]) as runner:
         for row in trajectories():
             runner.submit([row])
+            assert begun.wait(5)
         with pytest.warns(UserWarning, match="timeout"):
-            matrix, details = runner.finish()
+            matrix, details = runner.finish(check=False)
         gate.set()
-    assert matrix[0].isnan()
-    assert details["reward/hangs/failures"] == 1
+    assert [i for i, value in enumerate(matrix[:, 0].tolist()) if value != value] == lost
+    assert details["reward/hangs/failures"] == len(lost)
+
+
+def test_no_more_calls_run_at_once_than_allowed_and_their_order_is_kept() -> None:
+    lock, both = threading.Lock(), threading.Barrier(2)
+    running, most = 0, 0
+
+    def service(answer: list[int]) -> list[int]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        both.wait(5)  # passes only when two calls are inside
+        with lock:
+            running -= 1
+        return answer
+
+    matrix, _ = run(Reward(service, batch_size=1, concurrency=2), num=6)
+    assert matrix.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert most == 2
+
+
+def test_what_was_not_begun_is_called_off() -> None:
+    begun, gate, called = threading.Event(), threading.Event(), []
+
+    def slow(answer: list[int]) -> list[int]:
+        called.append(answer[0])
+        begun.set()
+        gate.wait(5)
+        return answer
+
+    before = set(threading.enumerate())
+    with RewardRunner([Reward(slow, remote=True, batch_size=1)]) as runner:
+        runner.submit(trajectories(1))
+        assert begun.wait(5)
+        runner.submit(trajectories(3)[1:])
+    started = set(threading.enumerate()) - before
+    assert all(thread.daemon for thread in started)  # one that hangs would not keep us from ending
+    gate.set()
+    for thread in started:
+        thread.join(5)
+    assert called == [0]
+
+
+def test_batches_cut_a_chunk() -> None:
+    sizes = []
+
+    def some(images: torch.Tensor, answer: list[int]) -> list[int]:
+        sizes.append((len(images), len(answer)))
+        return answer
+
+    assert run(Reward(some, batch_size=2), num=5)[0].flatten().tolist() == [0, 1, 2, 3, 4]
+    assert sizes == [(2, 2), (2, 2), (1, 1)]
+
+
+def test_images_come_in_the_format_that_is_declared() -> None:
+    seen: dict[str, Any] = {}
+
+    class Pil:
+        image_format = "pil"
+
+        def __call__(self, images: list[Image.Image]) -> list[float]:
+            seen["pil"] = images
+            return [0.0] * len(images)
+
+    def raw(images: list[torch.Tensor]) -> list[float]:
+        seen["uint8"] = images
+        return [0.0] * len(images)
+
+    run(Pil(), Reward(raw, image_format="uint8"))
+    assert [image.getpixel((0, 0)) for image in seen["pil"]] == [(0,) * 3, (26,) * 3, (51,) * 3]
+    assert seen["pil"][0].size == (4, 4)
+    assert [int(image[0, 0, 0]) for image in seen["uint8"]] == [0, 26, 51]
+    assert seen["uint8"][0].dtype == torch.uint8
+    with pytest.raises(ValueError, match="image_format of 'raw' is 'jpeg'"):
+        Reward(raw, image_format="jpeg")  # type: ignore[arg-type]
+
+
+def test_a_rollout_without_image_keeps_its_place() -> None:
+    rows = trajectories(3)
+    rows[1].image = None
+    columns = gather_columns(rows)
+    assert [image is None for image in columns["images"]] == [False, True, False]
+
+
+def test_sampled_tokens_are_counted_and_input_images_offered() -> None:
+    row = trajectories(1)[0]
+    given = TextSegment(tokens=torch.arange(9))
+    drawn = [TextSegment(tokens=torch.arange(n), log_prob=torch.zeros(n)) for n in (2, 3)]
+    row.segments = [given, *drawn]
+    row.prompt.images = (torch.zeros(3, 2, 2),)
+    columns = gather_columns([row])
+    assert columns["num_tokens"] == [5]
+    assert columns["input_images"][0][0].shape == (3, 2, 2)
+
+
+def test_modules_are_asked_by_their_forward_and_run_in_float32_without_gradient() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(48, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            value = self.line(images.flatten(1))
+            assert value.dtype == torch.float32
+            assert not value.requires_grad
+            return value
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(Net())[0].shape == (3, 1)
+
+
+def test_a_required_parameter_beside_kwargs_must_be_there_too() -> None:
+    def needs(caption: Any, **columns: Any) -> list[float]:
+        return [0.0] * 3
+
+    with RewardRunner([needs]) as runner, pytest.raises(MissingColumnError, match="caption"):
+        runner.submit(trajectories())  # at the first chunk, not when all are drawn
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("abc", "no number"),
+        ({"sharpness": [1.0] * 3}, "no 'score'"),
+        ({"score": [1.0] * 3, "why": ["a", "b", "c"]}, "why.*no number"),
+        (0.5, "returned 1 values for 3"),
+    ],
+)
+def test_what_cannot_be_read_is_a_mistake_that_stops(result: Any, message: str) -> None:
+    def odd(answer: list[int]) -> Any:
+        return result
+
+    with pytest.raises(ValueError, match=message):
+        run(odd)
+
+
+def test_arrays_and_columns_of_numbers_are_read() -> None:
+    def array(answer: list[int]) -> Any:
+        return {"score": np.arange(3.0), "margin": torch.ones(3, 1), "lines": [None, 2, 4]}
+
+    matrix, details = run(array)
+    assert matrix.flatten().tolist() == [0, 1, 2]
+    assert details["reward/array/margin"] == 1
+    assert details["reward/array/lines"] == 3
+
+
+def test_only_the_first_failure_is_reported_at_full_length() -> None:
+    def broken(answer: list[int]) -> list[int]:
+        raise KeyError("gone")
+
+    reward = Reward(broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with RewardRunner([reward]) as runner:
+                runner.submit(trajectories())
+                runner.finish(check=False)
+    assert ["Traceback" in str(w.message) for w in caught] == [True, False]
+    assert all("gone" in str(w.message) for w in caught)
+
+
+def test_a_collection_without_scores_is_refused_only_where_they_count() -> None:
+    nan = float("nan")
+    table = torch.tensor([[nan, 1.0], [nan, nan]])
+    require_scores(table, ["logged", "counts"], torch.tensor([0.0, 1.0]))
+    with pytest.raises(RuntimeError, match="'logged' scored none of 2"):
+        require_scores(table, ["logged", "counts"], torch.tensor([1.0, 1.0]))
+
+
+def test_waiting_rewards_run_aside() -> None:
+    async def later(answer: list[int]) -> list[int]:
+        return answer
+
+    class Later:
+        async def __call__(self, answer: list[int]) -> list[int]:
+            return answer
+
+    class Service:
+        is_remote = True
+
+        def __call__(self, answer: list[int]) -> list[int]:
+            return answer
+
+    rewards = wrap([later, Later(), Service(), Reward(lambda answer: answer, concurrency=2)])
+    assert all(reward.remote for reward in rewards)
+    assert not Reward(ThinkFormat()).remote
+
+
+def test_rewards_are_named_in_yaml() -> None:
+    parser = ArgumentParser()
+    parser.add_function_arguments(wrap)
+    read = parser.parse_object(
+        {
+            "rewards": [
+                {"class_path": "lightning_unigrpo.rewards.ThinkFormat"},
+                {
+                    "class_path": "lightning_unigrpo.reward.Reward",
+                    "init_args": {
+                        "fn": {
+                            "class_path": "lightning_unigrpo.rewards.SoftLength",
+                            "init_args": {"max_tokens": 8, "buffer": 4},
+                        },
+                        "weight": 0.5,
+                        "image_format": "pil",
+                    },
+                },
+            ]
+        }
+    )
+    shape, length = wrap(parser.instantiate(read).rewards)
+    assert (shape.name, shape.weight) == ("ThinkFormat", 1.0)
+    assert (length.name, length.weight, length.image_format) == ("SoftLength", 0.5, "pil")
+    assert length(num_tokens=[6]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>two\ncubes</think> Two cubes.", 1.0),
+        ("  <think>two</think>", 1.0),
+        ("two cubes", 0.0),
+        ("So: <think>two</think>", 0.0),
+        ("<think></think>", 0.0),
+        ("<think>two", 0.0),
+        ("<think>a</think> <think>b</think>", 0.0),
+        ("<think>" + "<" * 20000, 0.0),  # in linear time
+    ],
+)
+def test_think_format(text: str, score: float) -> None:
+    assert ThinkFormat()(completions=[text]) == [score]
+
+
+def test_builtin_rewards_refuse_what_they_cannot_use() -> None:
+    assert ThinkFormat(r"\d+")(completions=["12", "12a"]) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="no regular expression"):
+        ThinkFormat("(")
+    with pytest.raises(ValueError, match="1 <= buffer <= max_tokens"):
+        SoftLength(max_tokens=4, buffer=5)
 
 
 def test_combination_ignores_what_is_missing_and_what_weighs_nothing() -> None:

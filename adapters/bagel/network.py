@@ -211,7 +211,8 @@ class TimeEmbedder(nn.Module):
         """Return ``[M, d]`` for ``[M]`` noise levels."""
         steps = torch.arange(128, device=sigma.device, dtype=torch.float32)
         angles = sigma.float().unsqueeze(1) * torch.exp(-math.log(10000) * steps / 128)
-        return cast(Tensor, self.mlp(torch.cat([angles.cos(), angles.sin()], 1)))
+        features = torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype)
+        return cast(Tensor, self.mlp(features))
 
 
 class PositionTable(nn.Module):
@@ -275,7 +276,8 @@ class BagelNet(nn.Module):
         if not len(pack.latents):
             return like.new_zeros(0, self.config.hidden_size)
         place = self.latent_pos_embed.pos_embed[pack.latent_ids]
-        return cast(Tensor, self.vae2llm(pack.latents) + self.time_embedder(pack.sigma) + place)
+        latents = self.vae2llm(pack.latents.to(self.vae2llm.weight.dtype))
+        return cast(Tensor, latents + self.time_embedder(pack.sigma) + place)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class IterationCheckpoint(Checkpoint):
     ) -> None:
         stop = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
         iteration = int(pl_module.iteration)  # type: ignore[arg-type]
-        if stop or (self.every and iteration % self.every == 0):
+        # After the last iteration too, here rather than in on_train_end: there the epoch has moved on.
+        if stop or _is_last(trainer) or (self.every and iteration % self.every == 0):
             self._save(trainer, iteration)
         if stop:
             self.interrupted = True
@@ -103,6 +104,13 @@ class IterationCheckpoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether the limits of the trainer end the run after this iteration."""
+    if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def _require_writable(folder: Path) -> None:
