@@ -1,10 +1,11 @@
 """What one UniGRPO iteration costs on the digits model, and what each economy saves.
 
-Four ways to do the same iteration, measured in one process, in turn:
+Five ways to do the same iteration, measured in one process, in turn:
 
-* ``naive``: the context is read again at every denoising step, every window step has a forward of its
-  own, the prompt is read once per rollout (text decoding has its key-value cache);
-* ``cached``: the context is cached for all denoising steps;
+* ``naive``: nothing is remembered: every token and every denoising step reads the whole context again,
+  every window step has a forward of its own, and the prompt is read once per rollout;
+* ``kv``: text decoding has a key-value cache;
+* ``cached``: the context is cached for all denoising steps too;
 * ``packed``: one packed forward scores the text and all window steps, for the policy and the reference;
 * ``shared``: the prompt is read once per group.
 
@@ -43,6 +44,7 @@ class Variant:
     """Which economies are on."""
 
     name: str
+    cached_text: bool = False
     cached_context: bool = False
     packed: bool = False
     shared_prompt: bool = False
@@ -50,20 +52,40 @@ class Variant:
 
 VARIANTS = (
     Variant("naive"),
-    Variant("cached", cached_context=True),
-    Variant("packed", cached_context=True, packed=True),
-    Variant("shared", cached_context=True, packed=True, shared_prompt=True),
+    Variant("kv", True),
+    Variant("cached", True, True),
+    Variant("packed", True, True, True),
+    Variant("shared", True, True, True, True),
 )
 
 
 class Recomputed:
-    """A policy whose velocity reads the whole context again at every call."""
+    """A policy that reads the whole context again at every call; the cache it is given is not used."""
 
     def __init__(self, adapter: DigitsAdapter, contexts: Sequence[Sequence[object]]) -> None:
         self.adapter, self.contexts = adapter, contexts
+        self.stop_token = adapter.stop_token
+        self.texts: list[list[int]] = [[] for _ in contexts]
+
+    def next_logits(
+        self, cache: object, tokens: torch.Tensor | None, active: torch.Tensor
+    ) -> torch.Tensor:
+        """Read prompt and text so far, and return the logits of the next token."""
+        fresh = self.adapter.prefill(self.contexts)
+        packer, positions = self.adapter._packer(), fresh.positions.tolist()
+        for b, is_active in enumerate(active.tolist()):
+            packer.sample()
+            if is_active:
+                begin = self.adapter.config.bos
+                self.texts[b].append(begin if tokens is None else int(tokens[b]))
+                packer.text(self.texts[b], positions[b], last=True)
+        found = self.adapter._append(fresh, packer)[0]
+        logits = found.new_zeros(len(active), found.shape[1])
+        logits[active] = found
+        return logits
 
     def velocity(self, cache: object, *args: torch.Tensor) -> torch.Tensor:
-        """Return the velocity after a fresh prefill; the cache given is not looked at."""
+        """Read the context, and return the velocity behind it."""
         return self.adapter.velocity(self.adapter.prefill(self.contexts), *args)
 
 
@@ -94,13 +116,16 @@ def draw(
         given = [adapter.tokenize(p) for p in prompts]
         cache = clock(parts, "text", lambda: adapter.prefill(given))
     uniforms = draws.uniforms(starts, 0, sampling.max_text_tokens)
+    writer = adapter if variant.cached_text else Recomputed(adapter, given)
     texts = clock(
         parts,
         "text",
         lambda: sample_text(
-            adapter, cache, uniforms, max_tokens=sampling.max_text_tokens, temperature=1.0
+            writer, cache, uniforms, max_tokens=sampling.max_text_tokens, temperature=1.0
         ),
     )
+    if not variant.cached_text:  # the cache has seen none of it: append the texts whole
+        cache.open = [0] * len(starts)
     clock(parts, "text", lambda: adapter.extend(cache, texts))
     contexts = [[*g, t] for g, t in zip(given, texts, strict=True)]
     policy = adapter if variant.cached_context else Recomputed(adapter, contexts)

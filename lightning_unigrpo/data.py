@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
+from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
@@ -19,21 +24,26 @@ from lightning_unigrpo.types import Defaults, Prompt
 Split = Literal["train", "val", "test", "predict"]
 FIRST_ID: dict[Split, int] = {"train": 0, "val": 10**9, "test": 2 * 10**9, "predict": 0}
 """Ids key the random draws; those of training, validation and test never meet."""
+SUFFIXES = {".txt", ".jsonl", ".json", ".csv"}
+PATHS = "image_paths"
+"""Column with the files of a prompt's input images, which :class:`PromptDataset` reads when asked."""
 
 
 def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train") -> list[Prompt]:
     """Read prompts from a file.
 
     ``.txt``: one prompt a line. ``.jsonl``, ``.json`` (a list of records) and ``.csv``: the column
-    ``prompt`` (or ``text``) is the request, every other column reaches the rewards by its name.
+    ``prompt`` (or ``text``) is the request; ``image`` (a path) or ``images`` (a list of them), relative
+    to the file, are input images; every other column reaches the rewards by its name, None where a
+    record lacks it.
 
     Args:
-        path: the file.
+        path: the file, UTF-8.
         first_id: id of its first prompt.
         key: the setting that named the file, for error messages.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: when there is no such file, or no such image.
         ValueError: when it holds no prompts, or a record without one.
     """
     path = Path(path)
@@ -44,47 +54,84 @@ def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train"
         raise ValueError(f"{key}: {path} holds no prompts; give one per line.")
     prompts = []
     for number, record in enumerate(records):
-        columns = dict(record)
+        columns, where = dict(record), f"{key}: record {number + 1} of {path}"
         text = columns.pop("prompt", None) or columns.pop("text", None)
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{key}: record {number + 1} of {path} has no 'prompt' (or 'text'); it has "
-                f"{sorted(record)}."
-            )
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where} has no 'prompt' (or 'text'); it has {sorted(record)}.")
+        columns |= _image_paths(columns, path.parent, where)
         prompts.append(Prompt(text=text, id=first_id + number, columns=columns))
-    return prompts
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return [replace(p, columns={**dict.fromkeys(names), **p.columns}) for p in prompts]
 
 
 def _records(path: Path, key: str) -> list[dict[str, Any]]:
-    content = path.read_text(encoding="utf-8")
-    lines = [line for line in content.splitlines() if line.strip()]
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{key}: {path} is neither .txt, .jsonl, .json nor .csv.")
+    content = path.read_text(encoding="utf-8-sig")
+    # Not splitlines: U+2028 and its like may stand inside a JSON string.
+    lines = [line for line in content.split("\n") if line.strip()]
     if path.suffix == ".txt":
         return [{"prompt": line.strip()} for line in lines]
     if path.suffix == ".csv":
-        return list(csv.DictReader(content.splitlines()))
-    if path.suffix not in {".json", ".jsonl"}:
-        raise ValueError(f"{key}: {path} is neither .txt, .jsonl, .json nor .csv.")
+        return _csv_records(content, path, key)
     try:
         records = (
-            json.loads(content or "[]")
+            json.loads(content if lines else "[]")
             if path.suffix == ".json"
-            else [json.loads(x) for x in lines]
+            else [json.loads(line) for line in lines]
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"{key}: {path} is not valid JSON ({error}).") from error
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError(f'{key}: {path} must hold objects such as {{"prompt": "a red cube"}}.')
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        form = "a list of objects" if path.suffix == ".json" else "an object a line,"
+        raise ValueError(f'{key}: {path} must hold {form} such as {{"prompt": "a red cube"}}.')
     return records
 
 
+def _csv_records(content: str, path: Path, key: str) -> list[dict[str, Any]]:
+    records: list[dict[Any, Any]] = list(csv.DictReader(io.StringIO(content)))
+    for number, record in enumerate(records):
+        if None in record:  # where DictReader puts what is too much
+            raise ValueError(
+                f"{key}: record {number + 1} of {path} has more cells than there are columns; put text "
+                'with commas into "quotes".'
+            )
+    return records
+
+
+def _image_paths(columns: dict[str, Any], folder: Path, where: str) -> dict[str, list[str]]:
+    """Take ``image`` and ``images`` out of the columns of a record and return where they lie."""
+    found = [columns.pop(name) for name in ("image", "images") if name in columns]
+    names = [name for value in found for name in (value if isinstance(value, list) else [value])]
+    names = [name for name in names if name]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: 'image' is a path and 'images' a list of paths, not {names!r}.")
+    paths = [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{where} names the input image {str(path)!r}, which is not a file; rename the column if "
+                "it holds something else."
+            )
+    return {PATHS: [str(path) for path in paths]} if paths else {}
+
+
+def load_image(path: str | Path) -> Tensor:
+    """Read an image file as ``[3, H, W]`` float32 in [0, 1], upright."""
+    with Image.open(path) as image:
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
 def read_requests(source: str) -> list[Prompt]:
-    """Read a file, or requests in words separated by semicolons.
+    """Read a file, known by its ending, or requests in words separated by semicolons.
 
     Raises:
+        FileNotFoundError: when there is no such file.
         ValueError: when there are none.
     """
     first = FIRST_ID["predict"]
-    if Path(source).is_file():
+    if Path(source).suffix in SUFFIXES and (" " not in source or Path(source).is_file()):
         return read_prompts(source, first_id=first, key="data.predict")
     words = [word.strip() for word in source.split(";") if word.strip()]
     if not words:
@@ -93,7 +140,7 @@ def read_requests(source: str) -> list[Prompt]:
 
 
 class PromptDataset(Dataset[Prompt]):
-    """A list of prompts."""
+    """A list of prompts; input images that a file names are read when a prompt is asked for."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
@@ -103,8 +150,12 @@ class PromptDataset(Dataset[Prompt]):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> Prompt:
-        """Return one."""
-        return self.prompts[index]
+        """Return one, with its images."""
+        prompt = self.prompts[index]
+        paths = prompt.columns.get(PATHS)
+        if not paths:
+            return prompt
+        return replace(prompt, images=tuple(load_image(path) for path in paths))
 
 
 class PromptSampler(DistributedSampler[int]):

@@ -33,7 +33,7 @@ from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
 from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
-from lightning_unigrpo.reward import RewardRunner, combine, reward_names
+from lightning_unigrpo.reward import RewardRunner, combine, reward_names, wrap
 from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import (
     Defaults,
@@ -108,9 +108,9 @@ class UniGRPOModule(LightningModule):
         self, rewards: Sequence[Callable[..., Any]] | None, defaults: Defaults | None
     ) -> list[Callable[..., Any]]:
         if rewards:
-            return list(rewards)
+            return list(wrap(rewards))
         if defaults is not None:
-            return list(defaults.rewards)
+            return list(wrap(defaults.rewards))
         raise ValueError(
             f"{type(self.adapter).__name__} brings no reward of its own: pass rewards=[...] "
             "(YAML: model.rewards), each a callable such as "
@@ -214,7 +214,7 @@ class UniGRPOModule(LightningModule):
                 trajectories += chunk
                 self.progress("reward", len(trajectories), len(starts))
                 runner.submit(chunk)
-            matrix, details = runner.finish()
+            matrix, details = runner.finish(check=False)  # grouping asks over all ranks
         for trajectory, row in zip(trajectories, matrix.tolist(), strict=True):
             trajectory.rewards = dict(zip(runner.names, row, strict=True))
         return Experience(

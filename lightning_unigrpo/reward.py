@@ -213,7 +213,7 @@ class RewardRunner:
         """Begin."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Call off what has not begun; a reward that hangs is not waited for."""
         for calls in self._calls:
             for _, future in calls:

@@ -21,7 +21,7 @@ class PressCtrlC(UniGRPOCallback):
         self.iteration, self.left = iteration, times
 
     def on_phase(self, trainer: Any, module: Any, phase: str, done: int, total: int) -> None:
-        if trainer.training and module.iteration == self.iteration and phase == "denoise":
-            if self.left:
-                self.left -= 1
-                os.kill(os.getpid(), signal.SIGINT)
+        now = trainer.training and module.iteration == self.iteration and phase == "denoise"
+        if now and self.left:
+            self.left -= 1
+            os.kill(os.getpid(), signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from lightning_unigrpo.adapter import Adapter, token_log_probs
 from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
-from lightning_unigrpo.adapters.bagel.network import BagelNet
+from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
 from lightning_unigrpo.types import (
     Grid,
@@ -159,9 +160,8 @@ class BagelAdapter(Adapter):
             else:
                 advance.append(0)
         if any(advance):
-            lengths = self._append(cache, packer)[2]
-            cache.lengths = cache.lengths + lengths
-            cache.positions = cache.positions + torch.tensor(advance, device=self.device)
+            added = self._append(cache, packer)[1]
+            cache.advance(added, torch.tensor(advance, device=self.device))
 
     def _closed(self, tokens: Tensor) -> list[int]:
         ids = tokens.tolist()
@@ -171,12 +171,12 @@ class BagelAdapter(Adapter):
     def _packer(self) -> Packer:
         return Packer(self.config, self.device)
 
-    def _append(self, cache: BagelCache, packer: Packer) -> tuple[Tensor, Tensor, Tensor]:
-        """Run new rows against the cache; returns logits, velocities and new slots per row."""
+    def _append(self, cache: BagelCache, packer: Packer) -> tuple[Tensor, Tensor]:
+        """Run new rows against the cache; returns logits, and how many slots each row filled."""
         pack, layout = packer.finish()
         cache.reserve(layout.rows.shape[1])
-        logits, velocity = self.net(pack, CachedAttention(cache, layout))
-        return logits, velocity, layout.valid.sum(1)
+        logits, _ = self.net(pack, CachedAttention(cache, layout))
+        return logits, layout.valid.sum(1)
 
     @torch.no_grad()
     def next_logits(self, cache: BagelCache, tokens: Tensor | None, active: Tensor) -> Tensor:  # type: ignore[override]
@@ -189,8 +189,8 @@ class BagelAdapter(Adapter):
             if is_active:
                 packer.text([ids[b]], positions[b], last=True)
                 cache.open[b] += 1
-        found, _, added = self._append(cache, packer)
-        cache.lengths, cache.positions = cache.lengths + added, cache.positions + added
+        found, added = self._append(cache, packer)
+        cache.advance(added, added)
         logits = found.new_zeros(len(cache), found.shape[1])
         logits[active.to(found.device)] = found
         return logits
@@ -200,13 +200,24 @@ class BagelAdapter(Adapter):
         self, cache: BagelCache, latents: Tensor, sigma: Tensor, grid: Grid
     ) -> Tensor:
         """Run one noise block per row; its keys go to scratch slots that nothing remembers."""
+        if grid not in cache.plans:
+            cache.plans[grid] = self._noise_plan(cache, grid)
+        pack, attention = cache.plans[grid]
+        levels = sigma.unsqueeze(1).expand(latents.shape[:2])
+        pack = replace(pack, latents=latents.flatten(0, 1), sigma=levels.flatten())
+        found: Tensor = self.net(pack, attention)[1]
+        return found.view_as(latents)
+
+    def _noise_plan(self, cache: BagelCache, grid: Grid) -> tuple[Pack, CachedAttention]:
+        """Lay out one noise block per row; the same for all denoising steps of an image."""
         packer = self._packer()
-        num = latents.shape[1]
-        levels = sigma.unsqueeze(1).expand(-1, num)
-        for b, position in enumerate(cache.positions.tolist()):
+        empty = torch.zeros(grid[0] * grid[1], self.latent_channels, device=self.device)
+        for position in cache.positions.tolist():
             packer.sample()
-            packer.image(latents[b], levels[b], grid, position, noise=True)
-        return self._append(cache, packer)[1].view_as(latents)
+            packer.image(empty, empty[:, 0], grid, position, noise=True)
+        pack, layout = packer.finish()
+        cache.reserve(layout.rows.shape[1])
+        return pack, CachedAttention(cache, layout)
 
     def guidance(self, contexts: Sequence[Sequence[Segment]]) -> BagelCache:
         """Return empty contexts: plain text-to-image has nothing else to drop."""

@@ -90,7 +90,7 @@ class Layout:
         for b in range(len(self.rows)):
             number, kind = self.block[b, self.valid[b]].tolist(), self.kind[b].tolist()
             starts = [i for i, n in enumerate(number) if i == 0 or n != number[i - 1]]
-            ends = [*starts[1:], len(number)]
+            ends = [*starts[1:], len(number)][: len(starts)]
             found.append([(Kind(kind[s]), range(s, e)) for s, e in zip(starts, ends, strict=True)])
         return found
 
@@ -98,12 +98,15 @@ class Layout:
 class PackedAttention:
     """Attention of whole samples in one differentiable pass.
 
+    Noise blocks are many and see much, but nothing sees them: so contexts (all other blocks) attend
+    among themselves under one mask, and every noise block attends to its context and itself, batched.
+
     Args:
         layout: the sequences.
         num_rows: flat rows in all.
         detach_context: cut the gradient from a noise block into the keys and values of everything
             outside it, so that the image loss no longer reaches the reasoning.
-        dense: build a mask; ``None`` decides by :data:`DENSE_LIMIT`.
+        dense: build masks; ``None`` decides by :data:`DENSE_LIMIT`.
     """
 
     def __init__(
@@ -115,32 +118,66 @@ class PackedAttention:
         dense: bool | None = None,
     ) -> None:
         self.layout, self.detach_context = layout, detach_context
+        self.ranges = layout.blocks()
         samples, length = layout.rows.shape
         self.dense = samples * length * length <= DENSE_LIMIT if dense is None else dense
-        places = layout.valid.flatten().nonzero().squeeze(1)
-        self.place = torch.empty(num_rows, dtype=torch.long, device=places.device)
-        self.place[layout.rows.flatten()[places]] = places
-        self.noise = (layout.kind == Kind.NOISE).unsqueeze(1).unsqueeze(3)  # [B, 1, L, 1]
         if self.dense:
-            self.mask = layout.visible().unsqueeze(1)
+            self._split()
+            rows = [part.rows[part.valid] for part in (self.context, self.noise)]
+            valid = torch.cat([part.valid.flatten() for part in (self.context, self.noise)])
         else:
-            self.ranges = layout.blocks()
+            rows, valid = [layout.rows[layout.valid]], layout.valid.flatten()
+        places = valid.nonzero().squeeze(1)
+        self.place = torch.empty(num_rows, dtype=torch.long, device=places.device)
+        self.place[torch.cat(rows)] = places
+
+    def _split(self) -> None:
+        """Separate the noise blocks from their contexts."""
+        rows, device = self.layout.rows.tolist(), self.layout.rows.device
+        contexts: list[list[tuple[Kind, list[int]]]] = []
+        noise: list[list[tuple[Kind, list[int]]]] = []
+        owner, seen = [], []
+        for b, blocks in enumerate(self.ranges):
+            contexts.append([])
+            so_far = 0
+            for kind, places in blocks:
+                block = (kind, rows[b][places.start : places.stop])
+                if kind == Kind.NOISE:
+                    noise.append([block])
+                    owner.append(b)
+                    seen.append(so_far)
+                else:
+                    contexts[-1].append(block)
+                    so_far += len(places)
+        self.context, self.noise = Layout.build(contexts, device), Layout.build(noise, device)
+        self.owner = torch.tensor(owner, dtype=torch.long, device=device)
+        order = torch.arange(self.context.rows.shape[1], device=device)
+        past = order < torch.tensor(seen, device=device).unsqueeze(1)
+        self.noise_mask = torch.cat([past, self.noise.valid], 1)[:, None, None]  # [Bn, 1, 1, S]
+        self.context_mask = self.context.visible().unsqueeze(1)
 
     def __call__(self, layer: int, heads: Heads) -> Tensor:
         """Return ``[M, H * D]``."""
-        query, key, value = (x[self.layout.rows].transpose(1, 2) for x in heads)  # [B, H, L, D]
-        key, value = _repeat(key, query), _repeat(value, query)
-        attend = self._dense if self.dense else self._by_block
-        out = attend(query, key, value).transpose(1, 2).flatten(2)  # [B, L, H * D]
-        return out.flatten(0, 1)[self.place]
+        if self.dense:
+            parts = self._dense(*heads)
+        else:
+            query, key, value = (x[self.layout.rows].transpose(1, 2) for x in heads)
+            parts = [self._by_block(query, _repeat(key, query), _repeat(value, query))]
+        flat = [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts if part.numel()]
+        return torch.cat(flat)[self.place] if flat else heads.query.flatten(1)
 
-    def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
-        if not self.detach_context:
-            return out
-        own_key, own_value = (torch.where(self.noise, x, x.detach()) for x in (key, value))
-        noise = scaled_dot_product_attention(query, own_key, own_value, attn_mask=self.mask)
-        return torch.where(self.noise, noise, out)
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Return the outputs ``[B, H, L, D]`` of contexts and of noise blocks."""
+        past = Heads(*(x[self.context.rows].transpose(1, 2) for x in (query, key, value)))
+        own = Heads(*(x[self.noise.rows].transpose(1, 2) for x in (query, key, value)))
+        out = [_attend(past, self.context_mask)] if past.query.numel() else []
+        if own.query.numel():
+            seen = [x.detach() if self.detach_context else x for x in past]
+            joint = (
+                torch.cat([x[self.owner], y], 2) for x, y in zip(seen[1:], own[1:], strict=True)
+            )
+            out.append(_attend(Heads(own.query, *joint), self.noise_mask))
+        return out
 
     def _by_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.zeros_like(query)
@@ -162,6 +199,11 @@ class PackedAttention:
         parts = [x[:, where] for where in seen]
         cut = self.detach_context and kind == Kind.NOISE
         return [part.detach() for part in parts] if cut else parts
+
+
+def _attend(heads: Heads, mask: Tensor) -> Tensor:
+    key, value = (_repeat(x, heads.query) for x in (heads.key, heads.value))
+    return scaled_dot_product_attention(heads.query, key, value, attn_mask=mask)
 
 
 def _one_block(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:

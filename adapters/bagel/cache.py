@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from lightning_unigrpo.adapter import Cache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.types import Grid
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.adapters.bagel.attention import CachedAttention
+    from lightning_unigrpo.adapters.bagel.network import Pack
 
 
 class BagelCache(Cache):
@@ -26,6 +33,8 @@ class BagelCache(Cache):
     """``[B]`` int64, RoPE position of the next token."""
     open: list[int]
     """Per row, how many tokens of an unfinished text have been fed, its begin mark included."""
+    plans: dict[Grid, tuple[Pack, CachedAttention]]
+    """Layouts of a noise block behind the present contexts, kept between denoising steps."""
 
     def __init__(
         self, config: BagelConfig, num_rows: int, *, device: torch.device, dtype: torch.dtype
@@ -37,6 +46,7 @@ class BagelCache(Cache):
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.lengths)
         self.open = [0] * num_rows
+        self.plans = {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -50,8 +60,13 @@ class BagelCache(Cache):
         chosen.keys = [x[index, :used] for x in self.keys]
         chosen.values = [x[index, :used] for x in self.values]
         chosen.lengths, chosen.positions = self.lengths[index], self.positions[index]
-        chosen.open = [self.open[i] for i in rows.tolist()]
+        chosen.open, chosen.plans = [self.open[i] for i in rows.tolist()], {}
         return chosen
+
+    def advance(self, slots: Tensor, positions: Tensor) -> None:
+        """Make the rows just written part of the contexts; both ``[B]`` int64."""
+        self.lengths, self.positions = self.lengths + slots, self.positions + positions
+        self.plans.clear()
 
     def reserve(self, extra: int) -> None:
         """Make room for ``extra`` more slots in every row; capacity at least doubles when it grows."""

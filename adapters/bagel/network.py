@@ -211,7 +211,7 @@ class TimeEmbedder(nn.Module):
         """Return ``[M, d]`` for ``[M]`` noise levels."""
         steps = torch.arange(128, device=sigma.device, dtype=torch.float32)
         angles = sigma.float().unsqueeze(1) * torch.exp(-math.log(10000) * steps / 128)
-        features = torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype)
+        features = torch.cat([angles.cos(), angles.sin()], 1).to(next(self.mlp.parameters()).dtype)
         return cast(Tensor, self.mlp(features))
 
 

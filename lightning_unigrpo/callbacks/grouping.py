@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_unigrpo import distributed
 from lightning_unigrpo.advantage import Advantages, gdpo_advantages, group_advantages
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
-from lightning_unigrpo.reward import combine
+from lightning_unigrpo.reward import combine, require_scores
 from lightning_unigrpo.rollout import Start
 from lightning_unigrpo.types import Prompt, sampled
 
@@ -66,6 +66,8 @@ class RolloutGrouping(UniGRPOCallback):
         table = distributed.gather_rows(
             torch.cat([groups.unsqueeze(1).double(), rewards.double()], 1)
         )
+        known = distributed.gather_rows(experience.rewards)
+        require_scores(known, experience.reward_names, experience.reward_weights)
         everyone = self.advantages(module, table[:, 0].long(), table[:, 1:].float(), experience)
         offset = distributed.rank() * len(trajectories)  # assign() deals equal shares
         for i, trajectory in enumerate(trajectories):

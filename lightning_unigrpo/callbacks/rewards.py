@@ -56,8 +56,13 @@ class RewardLogger(UniGRPOCallback):
         totals = distributed.reduce_named({k: v.to(device) for k, v in sums.items()}, {})
         over = distributed.reduce_named({k: v.to(device) for k, v in counts.items()}, {})
         experience.metrics |= {k: totals[k] / over[k] if over[k] else float("nan") for k in totals}
-        failures = {k: torch.tensor(float(v), device=device) for k, v in experience.details.items()}
-        experience.metrics |= distributed.reduce_named(failures, {})
+        # Every rank counts failures under the same names; other details may differ, so they stay local.
+        failures = {
+            k: torch.tensor(float(v), device=device)
+            for k, v in experience.details.items()
+            if k.endswith("/failures")
+        }
+        experience.metrics |= experience.details | distributed.reduce_named(failures, {})
         if self.images_every and experience.iteration % self.images_every == 0:
             self._log_images(trainer, trajectories)
 
