@@ -2,18 +2,20 @@ PYTHON ?= python
 # Nothing here needs a network: weights and data come with the packages.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo check test test-gpu fix bench bench-digits bench-iteration docs clean
+.PHONY: demo lint check test test-gpu fix bench bench-digits bench-iteration docs clean
 
 demo:  ## train the built-in digits model on the CPU
 	unigrpo fit --config configs/digits.yaml
 
-check:  ## what every commit passes: format, lint, types, fast tests, doctests, import direction
+lint:  ## format, lint, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+
+check: lint  ## what every commit passes: lint, fast tests, doctests, import direction
 	$(PYTHON) -m pytest
 
-test:  ## everything that runs on a CPU, two-process and slow tests included
+test: lint  ## everything that runs on a CPU, slow tests included
 	$(PYTHON) -m pytest -m "not gpu"
 
 test-gpu:  ## skips cleanly where there is none

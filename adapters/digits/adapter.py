@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -110,7 +110,8 @@ def load_checkpoint(net: BagelNet, checkpoint: str | Path) -> None:
     """Fill a network from a shipped or given file.
 
     Raises:
-        ValueError: when the file's tensors are not the network's, or there is no such file.
+        ValueError: when there is no such file, it cannot be read, or it holds another model: other
+            tensors, or the same ones under other settings.
     """
     path = Path(checkpoint)
     if str(checkpoint) in CHECKPOINTS:
@@ -120,8 +121,14 @@ def load_checkpoint(net: BagelNet, checkpoint: str | Path) -> None:
             f"adapter.checkpoint is {str(checkpoint)!r}: neither one of {', '.join(CHECKPOINTS)} nor a "
             "safetensors file."
         )
-    with safe_open(path, "pt") as file:
-        given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = json.loads((file.metadata() or {}).get("config", "{}"))
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter.checkpoint {path} is not a safetensors file: {error}."
+        ) from error
     expected = net.state_dict()
     wrong = [
         f"  {name}: {_shape(given.get(name))} in the file, {_shape(expected.get(name))} in the model"
@@ -134,6 +141,16 @@ def load_checkpoint(net: BagelNet, checkpoint: str | Path) -> None:
             f"adapter.checkpoint {path} holds another model; {len(wrong)} tensors differ:\n"
             + "\n".join(wrong[:8])
             + more
+        )
+    # Settings that no shape shows (rope_theta, the marks' ids) would change the model silently.
+    settings = [
+        f"  {name}: {written[name]} in the file, {value} in the model"
+        for name, value in vars(net.config).items()
+        if name in written and written[name] != value
+    ]
+    if settings:
+        raise ValueError(
+            f"adapter.checkpoint {path} was made with other settings:\n" + "\n".join(settings)
         )
     net.load_state_dict({name: value.float() for name, value in given.items()})
 
