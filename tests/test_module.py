@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_unigrpo import (
@@ -262,3 +262,29 @@ def test_csv_logger_holds_every_iteration(tmp_path: Path) -> None:
     assert {"reward", "guard/velocity", "flow/velocity_mse", "text/entropy"} <= set(
         lines[0].split(",")
     )
+
+
+# Lightning says this of every module with configure_model; nothing is sharded here.
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback:UserWarning")
+def test_lightnings_own_ema_averages_the_policy(tmp_path: Path) -> None:
+    """After every step: average = 0.5 average + 0.5 weights; at the end the average is the model."""
+
+    class Steps(UniGRPOCallback):
+        def __init__(self) -> None:
+            self.weights: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            self.weights.append(flat(pl_module))
+
+    steps = Steps()
+    module = UniGRPOModule(ToyFlow(), sampling=small(), objective=objective(), optim=optim())
+    start = flat(module)
+    fit(tmp_path, module, 2, steps, EMAWeightAveraging(decay=0.5))
+    # torch's averaged model copies the weights at its first update.
+    expected = 0.5 * steps.weights[0] + 0.5 * steps.weights[1]
+    assert not torch.equal(start, expected)
+    torch.testing.assert_close(flat(module), expected, atol=1e-6, rtol=0)
+
+
+def flat(module: UniGRPOModule) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.adapter.net.parameters()])
