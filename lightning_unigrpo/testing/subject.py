@@ -1,0 +1,293 @@
+"""The adapter under test: ragged contexts, deterministic inputs, and how far two answers are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
+from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.rollout import Start, rollout
+from lightning_unigrpo.testing.report import ATOL, COARSE, NoRolloutError
+from lightning_unigrpo.types import (
+    Grid,
+    ImageSegment,
+    Prompt,
+    Scores,
+    Segment,
+    TextSegment,
+    TokenImageSegment,
+    Trajectory,
+)
+
+Build: TypeAlias = Callable[[], Cache]
+
+
+class Subject:
+    """The adapter under test, with ragged contexts and deterministic inputs."""
+
+    def __init__(
+        self, adapter: Adapter, prompts: Sequence[Prompt], rounds: int, atol: float | None
+    ) -> None:
+        self.adapter, self.prompts, self.rounds = adapter, prompts, rounds
+        weight = next(adapter.net.parameters())
+        self.device = weight.device
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
+        self.atol = ATOL.get(weight.dtype, COARSE) if atol is None else atol
+        self.is_flow = adapter.image_policy == "flow"
+        self._drawn: dict[int, list[Trajectory] | None] = {}
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """Six trajectories of three prompts, drawn once per number of rounds."""
+        if self._drawn.get(self.rounds, []) is None:
+            raise NoRolloutError
+        if self.rounds not in self._drawn:
+            self._drawn[self.rounds] = None
+            self._drawn[self.rounds] = self.draw()
+        return self._drawn[self.rounds] or []
+
+    def draw(self) -> list[Trajectory]:
+        """Draw trajectories; tempered, so that a forgotten temperature is found."""
+        starts = [Start(prompt, i, m) for i, prompt in enumerate(self.prompts) for m in range(2)]
+        sampling = Sampling(
+            plan=("text", "image") * self.rounds,
+            max_text_tokens=6,
+            temperature=0.8,
+            num_timesteps=5,
+            schedule="steps",
+            window_size=2,
+            window_range=(0, 4),
+            seed=0,
+        )
+        return list(chain.from_iterable(rollout(self.adapter, starts, sampling)))
+
+    # ---- inputs: three ragged rows
+
+    @property
+    def contexts(self) -> list[list[Segment]]:
+        """The given segments of the prompts."""
+        return [self.adapter.tokenize(prompt) for prompt in self.prompts]
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of the first prompt; all rows of a call share it."""
+        return self.adapter.image_grid(self.prompts[0])
+
+    def texts(self) -> list[TextSegment]:
+        """Return likely words as given texts: short and stopped, cut off, long and stopped."""
+        cache = self.adapter.prefill(self.contexts)
+        logits = self.adapter.next_logits(cache, None, self.active())
+        logits[:, self.adapter.stop_token] = -math.inf
+        words = logits.topk(4).indices
+        stop = words.new_tensor([self.adapter.stop_token])
+        return [
+            TextSegment(tokens=torch.cat([words[0, :1], stop])),
+            TextSegment(tokens=words[1, :3], stopped=False),
+            TextSegment(tokens=torch.cat([words[2], stop])),
+        ]
+
+    def pictures(self) -> list[Segment]:
+        """Return given images that later segments see."""
+        if self.is_flow:
+            return [
+                self.adapter.look(ImageSegment(latent=x, grid=self.grid, is_context=True))
+                for x in self.noise(range(3))
+            ]
+        cache = self.adapter.prefill(self.contexts)
+        num = self.grid[0] * self.grid[1]
+        num_codes = self.image_output(cache).shape[-1]
+        codes = torch.randint(num_codes, (3, num), generator=torch.Generator().manual_seed(0))
+        return [
+            TokenImageSegment(tokens=row, grid=self.grid, is_context=True)
+            for row in codes.to(self.device)
+        ]
+
+    def history(self) -> list[list[Segment]]:
+        """Return what follows the prompts: a text; with two rounds also an image and a text."""
+        texts = self.texts()
+        if self.rounds == 1:
+            return [[text] for text in texts]
+        return [list(row) for row in zip(texts, self.pictures(), texts[::-1], strict=True)]
+
+    def noise(self, rows: Sequence[int]) -> Tensor:
+        """Return ``[B, N, C]`` standard normals, the same for the same row."""
+        shape = (self.grid[0] * self.grid[1], self.adapter.latent_channels)
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
+    def active(self, rows: Sequence[bool] = (True, True, True)) -> Tensor:
+        """Return ``[B]`` bool."""
+        return torch.tensor(rows, device=self.device)
+
+    # ---- outputs
+
+    def image_output(self, cache: Cache, rows: Sequence[int] | None = None) -> Tensor:
+        """Ask a cache for velocities at different noise levels, or for the first codes' logits."""
+        rows = range(len(cache)) if rows is None else rows
+        if self.is_flow:
+            sigma = torch.tensor([0.9 / (1 + row) for row in rows], device=self.device)
+            return self.adapter.velocity(cache, self.noise(rows), sigma, self.grid)
+        num = self.grid[0] * self.grid[1]
+        codes = torch.full((len(rows), num), -1, device=self.device)
+        return self.adapter.next_image_logits(cache, codes, 0, self.grid).logits
+
+    def asked(self, build: Build, rows: Sequence[int] | None = None) -> list[Tensor]:
+        """Return what caches know: logits of a new text, word by word, and of an image."""
+        cache = build()
+        active = torch.ones(len(cache), dtype=torch.bool, device=self.device)
+        opened = self.adapter.next_logits(cache, None, active)
+        word = torch.full_like(
+            active, (self.adapter.stop_token + 1) % opened.shape[1], dtype=torch.long
+        )
+        second = self.adapter.next_logits(cache, word, active)
+        return [opened, second, self.image_output(build(), rows)]
+
+    def differ(self, one: Build, other: Build) -> float:
+        """Return how far apart two caches are, by their answers."""
+        pairs = zip(self.asked(one), self.asked(other), strict=True)
+        return worst([apart(a, b) for a, b in pairs])
+
+    def decoded(self, cache: Cache, texts: Sequence[TextSegment]) -> list[Tensor]:
+        """Feed texts word by word, as ``rollout.sample_text`` does; returns log-probabilities."""
+        lengths = torch.tensor([len(text.tokens) for text in texts], device=self.device)
+        table = nn.utils.rnn.pad_sequence([text.tokens for text in texts], batch_first=True)
+        found = []
+        logits = self.adapter.next_logits(cache, None, lengths > 0)
+        for i, token in enumerate(table.T):
+            found.append(token_log_probs(logits, token)[0])
+            active = lengths > i + 1
+            if active.any():
+                logits = self.adapter.next_logits(cache, token, active)
+        return [row[:n] for row, n in zip(torch.stack(found, 1), lengths.tolist(), strict=True)]
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Return ``max ||a - b|| / ||b||`` over rows ``[B, *]``, NaN if anything is not finite."""
+    if a.shape != b.shape:
+        return math.nan
+    if not a.numel():
+        return 0.0
+    error, size = (a - b).double().flatten(1).norm(dim=1), b.double().flatten(1).norm(dim=1)
+    return float((error / size.clamp_min(1e-12)).max())
+
+
+def scores_apart(a: Scores, b: Scores) -> float:
+    """Return the largest disagreement: nats of tokens and codes, relative norms of velocities."""
+    errors = [0.0]
+    for name in ("text", "entropy", "image_tokens"):
+        pairs = zip(getattr(a, name), getattr(b, name), strict=True)
+        errors += [nats(x, y) for x, y in pairs]
+    errors += [apart(x, y) for x, y in zip(a.velocity, b.velocity, strict=True)]
+    return worst(errors)
+
+
+def nats(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference of log-probabilities."""
+    if a.shape != b.shape:
+        return math.nan
+    return float((a - b).abs().max()) if a.numel() else 0.0
+
+
+def worst(errors: Sequence[float]) -> float:
+    """Return the largest error; NaN wins, where ``max`` may lose it."""
+    return math.nan if any(math.isnan(e) for e in errors) else max(errors)
+
+
+def short_list(names: Sequence[str], most: int = 5) -> str:
+    """Name a few things, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def extended(adapter: Adapter, cache: Cache, segments: Sequence[Segment]) -> Cache:
+    """Extend a cache and return it."""
+    adapter.extend(cache, segments)
+    return cache
+
+
+def codes_of(segment: Segment) -> Tensor:
+    """Return the tokens of a text or of a discrete image."""
+    assert not isinstance(segment, ImageSegment)
+    return segment.tokens
+
+
+def as_given(segment: Segment) -> Segment:
+    """Return the segment without what was sampled."""
+    if isinstance(segment, ImageSegment):
+        return replace(segment, states=None, sigmas=None, noise=None, velocity=None)
+    return replace(segment, log_prob=None)
+
+
+def trajectory_of(prompt: Prompt, segments: list[Segment]) -> Trajectory:
+    """Return a trajectory of one group."""
+    return Trajectory(prompt=prompt, segments=segments, group=0, member=0)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of several calls as those of one."""
+    return Scores(
+        text=[x for part in parts for x in part.text],
+        entropy=[x for part in parts for x in part.entropy],
+        velocity=[x for part in parts for x in part.velocity],
+        image_tokens=[x for part in parts for x in part.image_tokens],
+    )
+
+
+def last_scores(scores: Scores) -> Scores:
+    """Return the last entry of each kind."""
+    return Scores(
+        text=scores.text[-1:],
+        entropy=scores.entropy[-1:],
+        velocity=scores.velocity[-1:],
+        image_tokens=scores.image_tokens[-1:],
+    )
+
+
+def text_scores(scores: Scores) -> Scores:
+    """Return the text part alone."""
+    return Scores(text=scores.text, entropy=scores.entropy)
+
+
+def weighted(parts: Sequence[Tensor]) -> Tensor:
+    """Return a sum with fixed random weights, in which errors do not cancel."""
+    flat = torch.cat([part.flatten() for part in parts])
+    weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(0))
+    return (flat.double() * weights.to(flat.device)).sum()
+
+
+def image_total(scores: Scores) -> Tensor:
+    """Return a weighted sum of everything about images."""
+    return weighted([*scores.velocity, *scores.image_tokens])
+
+
+def flat_gradient(s: Subject) -> tuple[Scores, Tensor]:
+    """Return scores and the flat gradient of a weighted sum of all of them."""
+    live = [p for p in s.adapter.net.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        scores = s.adapter(s.trajectories)
+        total = image_total(scores) + weighted(scores.text)
+        found = torch.autograd.grad(total, live, allow_unused=True, materialize_grads=True)
+    return scores, torch.cat([g.flatten() for g in found])
+
+
+@contextmanager
+def with_values(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Give parameters other values, and restore them to the bit."""
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p, value in zip(parameters, values, strict=True):
+                p.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, kept, strict=True):
+                p.copy_(old)
