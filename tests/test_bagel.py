@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -412,6 +414,37 @@ def test_inactive_rows_are_untouched(adapter: BagelAdapter, generator: torch.Gen
     assert cache.lengths[1] == lengths[1] + capacity
 
 
+@pytest.mark.parametrize("num_rows", [0, 2])
+def test_calls_without_a_live_row(
+    adapter: BagelAdapter, generator: torch.Generator, num_rows: int
+) -> None:
+    """A rank whose rows have all finished still calls the network: sharded ranks move in lockstep."""
+    cache = adapter.prefill([[given(3, generator)] for _ in range(num_rows)])
+    before = visible(cache)
+    calls: list[int] = []
+    handles = [
+        u.register_forward_pre_hook(lambda *_: calls.append(1)) for u in adapter.shard_units()
+    ]
+    idle, tokens = torch.zeros(num_rows, dtype=torch.bool), torch.zeros(num_rows, dtype=torch.long)
+    for fed in (None, tokens):
+        logits = adapter.next_logits(cache, fed, idle)
+        assert logits.shape == (num_rows, CONFIG.vocab_size)
+        assert logits.isfinite().all()
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 2 * CONFIG.num_hidden_layers
+    for a, b in zip(before, visible(cache), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    nothing = torch.randn(num_rows, 4, C)
+    found = adapter.velocity(cache, nothing, torch.ones(num_rows), (2, 2))
+    assert found.shape == nothing.shape
+
+
+def test_nothing_to_score(adapter: BagelAdapter) -> None:
+    scores = adapter([])
+    assert scores.text == scores.velocity == []
+
+
 def test_velocity_leaves_the_cache_alone(adapter: BagelAdapter, generator: torch.Generator) -> None:
     """Its keys go behind each row's length; they change neither memory nor the next answer."""
     contexts = [[given(n, generator)] for n in (6, 1)]
@@ -427,6 +460,31 @@ def test_velocity_leaves_the_cache_alone(adapter: BagelAdapter, generator: torch
     active = torch.ones(2, dtype=torch.bool)
     fresh = adapter.next_logits(adapter.prefill(contexts), None, active)
     torch.testing.assert_close(adapter.next_logits(cache, None, active), fresh, atol=1e-6, rtol=0)
+
+
+def test_velocity_follows_its_context(adapter: BagelAdapter, generator: torch.Generator) -> None:
+    """What is kept between denoising steps is that of this grid, these rows, this moment."""
+    contexts: list[list[Segment]] = [[given(6, generator)], [given(1, generator)]]
+    x, sigma = torch.randn(2, 6, C, generator=generator), torch.tensor([0.8, 0.3])
+    cache = adapter.prefill(contexts)
+
+    def check(used: BagelCache, rows: Sequence[Sequence[Segment]], grid: Grid) -> None:
+        fresh = adapter.velocity(adapter.prefill(rows), x, sigma, grid)
+        found = adapter.velocity(used, x, sigma, grid)
+        torch.testing.assert_close(found, fresh, atol=ATOL, rtol=0)
+
+    for grid in ((3, 2), (2, 3)):
+        check(cache, contexts, grid)
+    check(cache.select(torch.tensor([1, 0])), contexts[::-1], (3, 2))
+    check(cache.expand([0, 2]), [contexts[1]] * 2, (3, 2))
+    more = [written(2, generator), drawn((2, 2), generator, is_context=True)]
+    adapter.extend(cache, more)
+    longer = [[*row, segment] for row, segment in zip(contexts, more, strict=True)]
+    check(cache, longer, (3, 2))
+    opened = written(1, generator)
+    decode_into(adapter, cache, [opened, opened])
+    adapter.extend(cache, [opened, opened])
+    check(cache, [[*row, opened] for row in longer], (3, 2))
 
 
 def test_select_and_expand_copy(adapter: BagelAdapter, generator: torch.Generator) -> None:
@@ -447,6 +505,22 @@ def test_select_and_expand_copy(adapter: BagelAdapter, generator: torch.Generato
     for a, b in zip(before, visible(cache), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert cache.open == [1, 0, 1]
+
+
+def test_a_dropped_cache_is_freed_at_once(
+    adapter: BagelAdapter, generator: torch.Generator
+) -> None:
+    """Not when the collector happens to run: it knows nothing of a full device."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = adapter.prefill([[given(3, generator)]])
+        adapter.velocity(cache, torch.randn(1, 4, C), torch.ones(1), (2, 2))
+        left = weakref.ref(cache)
+        del cache
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_capacity_doubles(adapter: BagelAdapter, generator: torch.Generator) -> None:
@@ -640,6 +714,7 @@ def test_bridges_can_be_frozen() -> None:
     adapter = build(train_bridges=False)
     frozen = {n.split(".")[0] for n, p in adapter.net.named_parameters() if not p.requires_grad}
     assert frozen == {"vae2llm", "llm2vae", "time_embedder", "latent_pos_embed"}
+    assert all(p.requires_grad for group in adapter.param_groups().values() for p in group)
 
 
 def test_shard_units_are_the_layers(adapter: BagelAdapter) -> None:

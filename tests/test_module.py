@@ -25,7 +25,9 @@ from lightning_unigrpo import (
     Sampling,
     UniGRPOModule,
 )
+from lightning_unigrpo.adapters.digits import DigitsAdapter
 from lightning_unigrpo.callbacks import Experience, UniGRPOCallback
+from tests.test_adapters import Faulty, Shifted, ShiftedImage, Stale, WrongMarks
 from tests.toys import ToyFlow, ToyMasked, ToyTokens
 
 TOYS = [ToyFlow, ToyTokens, ToyMasked]
@@ -228,6 +230,24 @@ def test_the_guard_stops_before_the_update(tmp_path: Path) -> None:
         fit(tmp_path, module, 1)
     for name, value in module.adapter.net.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("base", [ToyFlow, DigitsAdapter])
+@pytest.mark.parametrize(
+    ("fault", "figure"),
+    [
+        (Shifted, "log_prob"),
+        (ShiftedImage, "velocity"),
+        (WrongMarks, "velocity"),
+        (Stale, "velocity"),
+        (Faulty, "velocity"),
+    ],
+)
+def test_broken_adapters_are_stopped(fault: Any, figure: str, base: Any, tmp_path: Path) -> None:
+    adapter = type("Broken", (fault, base), {})()
+    module = UniGRPOModule(adapter, sampling=small(), objective=objective(), optim=optim())
+    with pytest.raises(OnPolicyError, match=rf"model\.guard\.{figure}"):
+        fit(tmp_path, module, 1)
 
 
 def test_the_guard_may_warn_or_be_off(tmp_path: Path) -> None:

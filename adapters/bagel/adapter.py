@@ -279,7 +279,7 @@ class BagelAdapter(Adapter):
         """Return the understanding expert (with embedding and head) and the generation expert."""
         groups: dict[str, list[nn.Parameter]] = {"text": [], "flow": []}
         for name, parameter in self.net.named_parameters():
-            if "pos_embed" not in name:
+            if parameter.requires_grad:
                 is_flow = "moe_gen" in name or any(part in name for part in FLOW_MODULES)
                 groups["flow" if is_flow else "text"].append(parameter)
         return groups

@@ -7,6 +7,7 @@ Noise blocks are images at sigma > 0: nothing later may see them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -232,14 +233,15 @@ class CachedAttention:
     """
 
     def __init__(self, cache: BagelCache, layout: Layout) -> None:
-        self.cache, self.layout = cache, layout
+        # Weak: the cache keeps this plan, and a cycle would hold its keys until the collector runs.
+        self.cache, self.layout = weakref.proxy(cache), layout
         _samples, length = layout.rows.shape
         order = torch.arange(length, device=layout.rows.device)
         lengths = cache.lengths.unsqueeze(1)
         slots = lengths + order
         count = layout.valid.sum(1, keepdim=True)
         reach = torch.where(layout.kind == Kind.CAUSAL, slots + 1, lengths + count)
-        self.total = int(slots.max()) + 1
+        self.total = int(slots.max()) + 1 if slots.numel() else 0
         keys = torch.arange(self.total, device=slots.device)
         # At least one visible key, so that the softmax of padding is finite.
         self.mask = (keys < reach.clamp_min(1).unsqueeze(2)).unsqueeze(1)  # [B, 1, Q, S]
@@ -251,6 +253,8 @@ class CachedAttention:
 
     def __call__(self, layer: int, heads: Heads) -> Tensor:
         """Return ``[M, H * D]``."""
+        if not len(heads.query):
+            return heads.query.flatten(1)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, S, H_kv, D]
         keys[self.sample, self.slot] = heads.key[self.flat].to(keys.dtype)
         values[self.sample, self.slot] = heads.value[self.flat].to(values.dtype)

@@ -70,7 +70,7 @@ class BagelCache(Cache):
 
     def reserve(self, extra: int) -> None:
         """Make room for ``extra`` more slots in every row; capacity at least doubles when it grows."""
-        needed = int(self.lengths.max()) + extra
+        needed = int(self.lengths.max()) + extra if len(self) else 0
         capacity = self.keys[0].shape[1]
         if needed <= capacity:
             return

@@ -111,10 +111,13 @@ class Projections(nn.Module):
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor], expert: str) -> Heads:
         """Project, normalise queries and keys per head, then rotate them."""
         part = self._modules
-        shape = (len(x), -1, self.head_dim)
-        query = part[f"q_norm{expert}"](part[f"q_proj{expert}"](x).view(shape))  # type: ignore[misc]
-        key = part[f"k_norm{expert}"](part[f"k_proj{expert}"](x).view(shape))  # type: ignore[misc]
-        value = part[f"v_proj{expert}"](x).view(shape)  # type: ignore[misc]
+
+        def split(flat: Tensor) -> Tensor:  # a size of -1 is ambiguous when there are no rows
+            return flat.view(len(flat), flat.shape[1] // self.head_dim, self.head_dim)
+
+        query = part[f"q_norm{expert}"](split(part[f"q_proj{expert}"](x)))  # type: ignore[misc]
+        key = part[f"k_norm{expert}"](split(part[f"k_proj{expert}"](x)))  # type: ignore[misc]
+        value = split(part[f"v_proj{expert}"](x))  # type: ignore[misc]
         return Heads(rotate(query, *rope), rotate(key, *rope), value)
 
     def merge(self, x: Tensor, expert: str) -> Tensor:
@@ -160,7 +163,8 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the rows of both experts after attention and MLP."""
         part = self._modules
-        live = [e for e, x in enumerate(rows) if len(x)]
+        # A call without any row still runs: ranks that shard weights gather them in lockstep.
+        live = [e for e, x in enumerate(rows) if len(x)] or [0]
         heads = [
             self.self_attn.heads(
                 part[f"input_layernorm{EXPERTS[e]}"](rows[e]),  # type: ignore[misc]
