@@ -205,6 +205,38 @@ def _zero(scores: Scores) -> Tensor:
     return sum((part.sum() * 0.0 for part in parts), torch.zeros(()))
 
 
+class _Tokens(NamedTuple):
+    """The clipped surrogate of n tokens or codes, sequence after sequence."""
+
+    losses: Tensor
+    """``[n]``."""
+    clipped: Tensor
+    """``[n]`` bool."""
+    log_ratio: Tensor
+    """``[n]``, detached."""
+    lengths: Tensor
+    """``[S]`` int64, per sequence."""
+
+
+def _token_surrogate(
+    log_probs: Sequence[Tensor],
+    segments: Sequence[TextSegment | TokenImageSegment],
+    objective: Objective,
+) -> _Tokens:
+    """GRPO per token: a ratio each, the advantage of its sequence."""
+    new, old = torch.cat(list(log_probs)), torch.cat([_known(s.log_prob) for s in segments])
+    lengths = torch.tensor([len(s.tokens) for s in segments], device=new.device)
+    advantage = new.new_tensor([s.advantage for s in segments]).repeat_interleave(lengths)
+    log_ratio = new - old
+    losses, clipped = clipped_surrogate(
+        log_ratio,
+        advantage,
+        clip_low=objective.text_clip_low,
+        clip_high=objective.text_clip_high,
+    )
+    return _Tokens(losses, clipped, log_ratio.detach(), lengths)
+
+
 def _text_terms(
     scores: Scores,
     trajectories: Sequence[Trajectory],
@@ -216,36 +248,27 @@ def _text_terms(
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TextSegment)]
     if not segments:
         return _zero(scores), _zero(scores)
-    new, old = torch.cat(scores.text), torch.cat([_known(s.log_prob) for s in segments])
-    lengths = torch.tensor([len(s.tokens) for s in segments], device=new.device)
-    advantage = new.new_tensor([s.advantage for s in segments]).repeat_interleave(lengths)
-    log_ratio = new - old
-    losses, clipped = clipped_surrogate(
-        log_ratio,
-        advantage,
-        clip_low=objective.text_clip_low,
-        clip_high=objective.text_clip_high,
-    )
+    tokens = _token_surrogate(scores.text, segments, objective)
     weights = token_weights(
-        lengths,
+        tokens.lengths,
         aggregation=objective.text_aggregation,
         num_sequences=counts.sequences,
         num_tokens=counts.tokens,
         constant_length=objective.text_constant_length or sampling.max_text_tokens,
-    ).to(new)
+    )
     share = 1.0 / counts.tokens
     metrics.sums |= {
-        "text/ratio_mean": log_ratio.detach().exp().sum() * share,
-        "text/clip_fraction": clipped.float().sum() * share,
+        "text/ratio_mean": tokens.log_ratio.exp().sum() * share,
+        "text/clip_fraction": tokens.clipped.float().sum() * share,
         "text/entropy": torch.cat(scores.entropy).sum() * share,
     }
-    metrics.maxima["text/log_ratio_max"] = log_ratio.detach().abs().max()
-    text_kl = new.new_zeros(())
+    metrics.maxima["text/log_ratio_max"] = tokens.log_ratio.abs().max()
+    text_kl = weights.new_zeros(())
     if objective.text_kl_weight > 0:
         reference = torch.cat([_known(s.ref_log_prob) for s in segments])
-        text_kl = (weights * k3_kl(new, reference)).sum()
+        text_kl = (weights * k3_kl(torch.cat(scores.text), reference)).sum()
         metrics.sums["text/kl"] = text_kl.detach()
-    return (weights * losses).sum(), text_kl
+    return (weights * tokens.losses).sum(), text_kl
 
 
 def _flow_terms(
@@ -325,29 +348,20 @@ def _code_terms(
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TokenImageSegment)]
     if not segments:
         return _zero(scores)
-    new, old = torch.cat(scores.image_tokens), torch.cat([_known(s.log_prob) for s in segments])
-    lengths = torch.tensor([len(s.tokens) for s in segments], device=new.device)
-    advantage = new.new_tensor([s.advantage for s in segments]).repeat_interleave(lengths)
-    log_ratio = new - old
-    losses, clipped = clipped_surrogate(
-        log_ratio,
-        advantage,
-        clip_low=objective.text_clip_low,
-        clip_high=objective.text_clip_high,
-    )
+    tokens = _token_surrogate(scores.image_tokens, segments, objective)
     weights = token_weights(
-        lengths,
+        tokens.lengths,
         aggregation="sequence_mean",
         num_sequences=counts.images,
         num_tokens=counts.image_tokens,
-    ).to(new)
+    )
     share = 1.0 / counts.image_tokens
     metrics.sums |= {
-        "image/ratio_mean": log_ratio.detach().exp().sum() * share,
-        "image/clip_fraction": clipped.float().sum() * share,
+        "image/ratio_mean": tokens.log_ratio.exp().sum() * share,
+        "image/clip_fraction": tokens.clipped.float().sum() * share,
     }
-    metrics.maxima["image/log_ratio_max"] = log_ratio.detach().abs().max()
-    return (weights * losses).sum()
+    metrics.maxima["image/log_ratio_max"] = tokens.log_ratio.abs().max()
+    return (weights * tokens.losses).sum()
 
 
 def _add(metrics: Metrics, key: str, value: Tensor) -> None:
