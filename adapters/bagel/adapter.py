@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Adapter, token_log_probs
-from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
+from lightning_unigrpo.adapters.bagel.attention import Block, CachedAttention, PackedAttention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
@@ -23,6 +23,7 @@ from lightning_unigrpo.types import (
     Segment,
     TextSegment,
     Trajectory,
+    sampled,
 )
 
 FLOW_MODULES = ("vae2llm", "llm2vae", "time_embedder")
@@ -226,52 +227,58 @@ class BagelAdapter(Adapter):
     # ---- learning
 
     def forward(self, trajectories: Sequence[Trajectory], steps: slice = slice(None)) -> Scores:
-        """Score all trajectories in one packed pass."""
+        """Score all trajectories in one packed pass.
+
+        Given segments that several trajectories begin with (the same objects) are packed once.
+        """
         packer = self._packer()
-        texts: list[TextSegment] = []
-        images: list[tuple[int, int, int]] = []  # steps, latent tokens, channels
+        shared: dict[tuple[Segment, ...], tuple[list[Block], int]] = {}
         for trajectory in trajectories:
             packer.sample()
-            position = 0
-            for segment in trajectory.segments:
-                if isinstance(segment, TextSegment):
-                    ids = self._closed(segment.tokens)
-                    scored = len(segment.tokens) if segment.is_sampled else 0
-                    packer.text(ids, position, score=scored)
-                    position += len(ids)
-                    if segment.is_sampled:
-                        texts.append(segment)
-                elif isinstance(segment, ImageSegment):
-                    if segment.is_sampled:
-                        images.append(self._noisy(packer, segment, position, steps))
-                    if segment.is_context:
-                        clean = segment.latent.new_zeros(len(segment.latent))
-                        packer.image(segment.latent, clean, segment.grid, position, noise=False)
-                        position += 1
+            blocks, position = packer.samples[-1], 0
+            for number, segment in enumerate(trajectory.segments):
+                prefix = tuple(trajectory.segments[: number + 1])
+                if prefix in shared:
+                    again, position = shared[prefix]
+                    blocks += again
+                    continue
+                before = len(blocks)
+                position = self._pack(packer, segment, position, steps)
+                if not segment.is_sampled:
+                    shared[prefix] = blocks[before:], position
         pack, layout = packer.finish()
         num_rows = len(pack.positions) + len(pack.latents)
         attention = PackedAttention(layout, num_rows, detach_context=self.detach_context)
         logits, velocity = self.net(pack, attention)
+        actions = [segment for _, segment in sampled(trajectories)]
         scores = Scores()
-        if texts:
+        if texts := [s for s in actions if isinstance(s, TextSegment)]:
             scores.text, scores.entropy = score_texts(logits, texts)
-        if images:
-            parts = velocity.split([k * n for k, n, _ in images])
-            scores.velocity = [v.view(shape) for v, shape in zip(parts, images, strict=True)]
+        if images := [s for s in actions if isinstance(s, ImageSegment)]:
+            shapes = [_window(s, steps)[0].shape for s in images]
+            parts = velocity.split([shape[:2].numel() for shape in shapes])
+            scores.velocity = [v.view(shape) for v, shape in zip(parts, shapes, strict=True)]
         return scores
 
-    @staticmethod
-    def _noisy(
-        packer: Packer, image: ImageSegment, position: int, steps: slice
-    ) -> tuple[int, int, int]:
-        """Add the window's states side by side at one position, each blind to the others."""
-        assert image.states is not None
-        assert image.sigmas is not None
-        states, sigmas = image.states[:-1][steps], image.sigmas[:-1][steps]
-        num = states.shape[1]
-        for state, level in zip(states, sigmas.unsqueeze(1).expand(-1, num), strict=True):
-            packer.image(state, level, image.grid, position, noise=True)
-        return len(states), num, states.shape[2]
+    def _pack(self, packer: Packer, segment: Segment, position: int, steps: slice) -> int:
+        """Add a segment to the present sample; returns the position behind it.
+
+        The window's states stand side by side at one position, each blind to the others.
+        """
+        if isinstance(segment, TextSegment):
+            ids = self._closed(segment.tokens)
+            packer.text(ids, position, score=len(segment.tokens) if segment.is_sampled else 0)
+            return position + len(ids)
+        assert isinstance(segment, ImageSegment)
+        if segment.is_sampled:
+            states, sigmas = _window(segment, steps)
+            for state, level in zip(states, sigmas, strict=True):
+                packer.image(state, level, segment.grid, position, noise=True)
+        if not segment.is_context:
+            return position
+        clean = segment.latent.new_zeros(len(segment.latent))
+        packer.image(segment.latent, clean, segment.grid, position, noise=False)
+        return position + 1
 
     # ---- strategies and optimizers
 
@@ -287,6 +294,14 @@ class BagelAdapter(Adapter):
     def shard_units(self) -> list[nn.Module]:
         """Return the layers."""
         return list(self.net.language_model.model.layers)
+
+
+def _window(image: ImageSegment, steps: slice) -> tuple[Tensor, Tensor]:
+    """Return the states ``[k, N, C]`` that transitions of the window start from, sigma ``[k, N]``."""
+    assert image.states is not None
+    assert image.sigmas is not None
+    states, sigmas = image.states[:-1][steps], image.sigmas[:-1][steps]
+    return states, sigmas.unsqueeze(1).expand(states.shape[:2])
 
 
 def score_texts(logits: Tensor, texts: Sequence[TextSegment]) -> tuple[list[Tensor], list[Tensor]]:

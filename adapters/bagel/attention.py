@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,10 @@ DENSE_LIMIT = 1 << 24
 """Largest ``B * L * L`` for which a dense mask is built; beyond it attention runs block by block."""
 
 
+TILE = 128
+"""Rows of noise blocks that attend in one call under a mask: what a flash kernel reads at once."""
+
+
 class Kind(IntEnum):
     """How a block sees itself, and whether later blocks see it."""
 
@@ -38,10 +43,16 @@ class Kind(IntEnum):
     """An image being denoised: bidirectional and invisible to later blocks."""
 
 
+Block = tuple[Kind, list[int]]
+"""Neighbours in a sequence, as flat rows."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """The sequences that flat rows form: B samples, padded to L."""
+    """The sequences that flat rows form: B samples, padded to L; samples may share rows."""
 
+    samples: Sequence[Sequence[Block]]
+    """Per sample its blocks in order."""
     rows: Tensor
     """``[B, L]`` int64, the flat row at each place; anything where ``valid`` is False."""
     valid: Tensor
@@ -52,9 +63,7 @@ class Layout:
     """``[B, L]`` int64, :class:`Kind` of the block."""
 
     @classmethod
-    def build(
-        cls, samples: Sequence[Sequence[tuple[Kind, Sequence[int]]]], device: torch.device
-    ) -> Layout:
+    def build(cls, samples: Sequence[Sequence[Block]], device: torch.device) -> Layout:
         """Lay out blocks of flat rows.
 
         Args:
@@ -63,17 +72,21 @@ class Layout:
         """
         lengths = [sum(len(rows) for _, rows in blocks) for blocks in samples]
         table = np.zeros((4, len(samples), max(lengths, default=0)), dtype=np.int64)
-        for b, blocks in enumerate(samples):
-            at = 0
-            for number, (kind, rows) in enumerate(blocks):
-                end = at + len(rows)
-                table[0, b, at:end] = rows
-                table[1, b, at:end] = number
-                table[2, b, at:end] = kind
-                at = end
-            table[3, b, :at] = 1
+        each = [(n, kind, len(rows)) for blocks in samples for n, (kind, rows) in enumerate(blocks)]
+        numbers, kinds, sizes = np.array(each, dtype=np.int64).reshape(-1, 3).T
+        flat = chain.from_iterable(rows for blocks in samples for _, rows in blocks)
+        valid = np.arange(table.shape[2]) < np.array(lengths, dtype=np.int64)[:, None]
+        table[0, valid] = np.fromiter(flat, dtype=np.int64)
+        table[1, valid], table[2, valid] = np.repeat(numbers, sizes), np.repeat(kinds, sizes)
+        table[3] = valid
         places = torch.from_numpy(table).to(device)
-        return cls(rows=places[0], valid=places[3].bool(), block=places[1], kind=places[2])
+        return cls(
+            samples=samples,
+            rows=places[0],
+            valid=places[3].bool(),
+            block=places[1],
+            kind=places[2],
+        )
 
     def visible(self) -> Tensor:
         """Return the dense mask ``[B, L, L]``, True where a query (row) sees a key (column)."""
@@ -85,22 +98,12 @@ class Layout:
         mask = ((order.unsqueeze(1) >= order) | together) & ~hidden & self.valid.unsqueeze(1)
         return mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding sees itself
 
-    def blocks(self) -> list[list[tuple[Kind, range]]]:
-        """Return per sample its blocks as ranges of places."""
-        found = []
-        for b in range(len(self.rows)):
-            number, kind = self.block[b, self.valid[b]].tolist(), self.kind[b].tolist()
-            starts = [i for i, n in enumerate(number) if i == 0 or n != number[i - 1]]
-            ends = [*starts[1:], len(number)][: len(starts)]
-            found.append([(Kind(kind[s]), range(s, e)) for s, e in zip(starts, ends, strict=True)])
-        return found
-
 
 class PackedAttention:
     """Attention of whole samples in one differentiable pass.
 
     Noise blocks are many and see much, but nothing sees them: so contexts (all other blocks) attend
-    among themselves under one mask, and every noise block attends to its context and itself, batched.
+    among themselves under one mask, and noise blocks attend to their context and themselves, batched.
 
     Args:
         layout: the sequences.
@@ -119,43 +122,49 @@ class PackedAttention:
         dense: bool | None = None,
     ) -> None:
         self.layout, self.detach_context = layout, detach_context
-        self.ranges = layout.blocks()
         samples, length = layout.rows.shape
         self.dense = samples * length * length <= DENSE_LIMIT if dense is None else dense
         if self.dense:
-            self._split()
-            rows = [part.rows[part.valid] for part in (self.context, self.noise)]
-            valid = torch.cat([part.valid.flatten() for part in (self.context, self.noise)])
-        else:
-            rows, valid = [layout.rows[layout.valid]], layout.valid.flatten()
-        places = valid.nonzero().squeeze(1)
-        self.place = torch.empty(num_rows, dtype=torch.long, device=places.device)
-        self.place[torch.cat(rows)] = places
+            self._split(num_rows)
+        parts = [self.context, self.noise] if self.dense else [layout]
+        rows = torch.cat([part.rows.flatten() for part in parts]).cpu().numpy()
+        places = torch.cat([part.valid.flatten() for part in parts]).cpu().numpy().nonzero()[0]
+        place = np.zeros(num_rows, dtype=np.int64)
+        place[rows[places[::-1]]] = places[::-1]  # backwards: of shared rows the first one counts
+        self.place = torch.from_numpy(place).to(layout.rows.device)
 
-    def _split(self) -> None:
-        """Separate the noise blocks from their contexts."""
-        rows, device = self.layout.rows.tolist(), self.layout.rows.device
-        contexts: list[list[tuple[Kind, list[int]]]] = []
-        noise: list[list[tuple[Kind, list[int]]]] = []
+    def _split(self, num_rows: int) -> None:
+        """Separate the noise blocks from their contexts; small neighbours go together."""
+        device = self.layout.rows.device
+        contexts: list[list[Block]] = []
+        noise: list[list[Block]] = []
         owner, seen = [], []
-        for b, blocks in enumerate(self.ranges):
-            contexts.append([])
-            so_far = 0
-            for kind, places in blocks:
-                block = (kind, rows[b][places.start : places.stop])
-                if kind == Kind.NOISE:
-                    noise.append([block])
+        for b, blocks in enumerate(self.layout.samples):
+            context: list[Block] = []
+            so_far = room = 0
+            for kind, rows in blocks:
+                if kind != Kind.NOISE:
+                    context.append((kind, rows))
+                    so_far, room = so_far + len(rows), 0
+                    continue
+                if len(rows) > room:
+                    noise.append([])
                     owner.append(b)
                     seen.append(so_far)
-                else:
-                    contexts[-1].append(block)
-                    so_far += len(places)
+                    room = TILE
+                noise[-1].append((kind, rows))
+                room -= len(rows)
+            contexts.append(context)
         self.context, self.noise = Layout.build(contexts, device), Layout.build(noise, device)
-        self.owner = torch.tensor(owner, dtype=torch.long, device=device)
+        self.context_mask = self.context.visible().unsqueeze(1)
         order = torch.arange(self.context.rows.shape[1], device=device)
         past = order < torch.tensor(seen, device=device).unsqueeze(1)
-        self.noise_mask = torch.cat([past, self.noise.valid], 1)[:, None, None]  # [Bn, 1, 1, S]
-        self.context_mask = self.context.visible().unsqueeze(1)
+        own = self.noise.visible()
+        past = past.unsqueeze(1).expand(-1, own.shape[1], -1)
+        self.noise_mask = torch.cat([past, own], 2).unsqueeze(1)  # [U, 1, Q, S]
+        outside = self.context.rows[torch.tensor(owner, dtype=torch.long, device=device)]
+        inside = self.noise.rows + (num_rows if self.detach_context else 0)
+        self.noise_keys = torch.cat([outside, inside], 1)  # [U, S]
 
     def __call__(self, layer: int, heads: Heads) -> Tensor:
         """Return ``[M, H * D]``."""
@@ -169,23 +178,25 @@ class PackedAttention:
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Return the outputs ``[B, H, L, D]`` of contexts and of noise blocks."""
-        past = Heads(*(x[self.context.rows].transpose(1, 2) for x in (query, key, value)))
-        own = Heads(*(x[self.noise.rows].transpose(1, 2) for x in (query, key, value)))
-        out = [_attend(past, self.context_mask)] if past.query.numel() else []
-        if own.query.numel():
-            seen = [x.detach() if self.detach_context else x for x in past]
-            joint = (
-                torch.cat([x[self.owner], y], 2) for x, y in zip(seen[1:], own[1:], strict=True)
-            )
-            out.append(_attend(Heads(own.query, *joint), self.noise_mask))
+        out = []
+        if self.context.rows.numel():
+            rows = self.context.rows
+            out.append(_attend(query[rows], key[rows], value[rows], self.context_mask))
+        if self.noise.rows.numel():
+            if self.detach_context:  # rows M to 2M keep their gradient: a noise block's own
+                key, value = (torch.cat([x.detach(), x]) for x in (key, value))
+            rows, keys = self.noise.rows, self.noise_keys
+            out.append(_attend(query[rows], key[keys], value[keys], self.noise_mask))
         return out
 
     def _by_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = torch.zeros_like(query)
-        for b, blocks in enumerate(self.ranges):
+        for b, blocks in enumerate(self.layout.samples):
             seen: list[slice] = []
-            for kind, places in blocks:
-                here = slice(places.start, places.stop)
+            at = 0
+            for kind, rows in blocks:
+                here = slice(at, at + len(rows))
+                at += len(rows)
                 past = [self._context(x[b], seen, kind) for x in (key, value)]
                 k, v = (
                     torch.cat([*p, x[b, :, here]], 1)
@@ -202,9 +213,10 @@ class PackedAttention:
         return [part.detach() for part in parts] if cut else parts
 
 
-def _attend(heads: Heads, mask: Tensor) -> Tensor:
-    key, value = (_repeat(x, heads.query) for x in (heads.key, heads.value))
-    return scaled_dot_product_attention(heads.query, key, value, attn_mask=mask)
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    key, value = (_repeat(x, query) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def _one_block(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:

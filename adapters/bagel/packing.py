@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lightning_unigrpo.adapters.bagel.attention import Kind, Layout
+from lightning_unigrpo.adapters.bagel.attention import Block, Kind, Layout
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import Pack
 from lightning_unigrpo.types import Grid
@@ -25,7 +25,7 @@ class Packer:
 
     config: BagelConfig
     device: torch.device
-    samples: list[list[tuple[Kind, list[int]]]] = field(default_factory=list)
+    samples: list[list[Block]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)
