@@ -3,13 +3,16 @@
 Five ways to do the same iteration, measured in one process, in turn:
 
 * ``naive``: nothing is remembered: every token and every denoising step reads the whole context again,
-  every window step has a forward of its own, and the prompt is read once per rollout;
+  and training makes a forward for the text and one more for every window step, each of which reads the
+  prompt and the text again, once per rollout;
 * ``kv``: text decoding has a key-value cache;
 * ``cached``: the context is cached for all denoising steps too;
-* ``packed``: one packed forward scores the text and all window steps, for the policy and the reference;
-* ``shared``: the prompt is read once per group.
+* ``packed``: one packed forward scores the text and all window steps;
+* ``shared``: the prompt is read once per group when drawing, and what trajectories begin with in common
+  (the prompt, and reasonings that came out the same) once when training.
 
-The gradients of all four agree; the script checks that before it prints a ratio.
+The reference scores no text in any of them. The gradients of all five agree; the script checks that
+before it prints a ratio.
 
     python benchmarks/iteration.py --repeats 5 --out benchmarks/results/iteration.json
 """
@@ -21,7 +24,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -34,7 +37,7 @@ from lightning_unigrpo.config import Objective, Sampling
 from lightning_unigrpo.flow import sigma_schedule
 from lightning_unigrpo.loss import count, trajectory_loss
 from lightning_unigrpo.rollout import Draws, Start, _Chunk, sample_image, sample_text
-from lightning_unigrpo.types import ImageSegment, Trajectory, sampled
+from lightning_unigrpo.types import ImageSegment, TextSegment, Trajectory, as_given, sampled
 
 PROMPTS, GROUP = 16, 8
 
@@ -47,7 +50,7 @@ class Variant:
     cached_text: bool = False
     cached_context: bool = False
     packed: bool = False
-    shared_prompt: bool = False
+    shared_prefix: bool = False
 
 
 VARIANTS = (
@@ -108,7 +111,7 @@ def draw(
     """Draw one collection step by step, with the economies of the variant."""
     draws = Draws(0, 0)
     prompts = [s.prompt for s in starts]
-    if variant.shared_prompt:
+    if variant.shared_prefix:
         first = [adapter.tokenize(p) for p in prompts[::GROUP]]
         given = [segments for segments in first for _ in range(GROUP)]
         cache = clock(parts, "text", lambda: adapter.prefill(first).expand([GROUP] * len(first)))
@@ -155,20 +158,14 @@ def draw(
     ]
 
 
-def slices(variant: Variant, sampling: Sampling) -> list[slice]:
-    """Return the window steps of each forward."""
-    if variant.packed:
-        return [slice(None)]
-    return [slice(k, k + 1) for k in range(sampling.window_size)]
-
-
 def refer(
     adapter: DigitsAdapter, trajectories: list[Trajectory], variant: Variant, sampling: Sampling
 ) -> None:
     """Store reference velocities (here the policy's own: the cost is the same)."""
+    drawn = [only(t, ImageSegment) for t in trajectories]
     with torch.no_grad():
-        parts = [adapter(trajectories, steps).velocity for steps in slices(variant, sampling)]
-    images = [s for _, s in sampled(trajectories) if isinstance(s, ImageSegment)]
+        parts = [adapter(drawn, steps).velocity for steps in window_steps(variant.packed, sampling)]
+    images = [s for _, s in sampled(drawn)]
     for i, image in enumerate(images):
         image.ref_velocity = torch.cat([part[i] for part in parts])
 
@@ -179,53 +176,59 @@ def train(
     """Forward and backward; returns the flat gradient."""
     adapter.zero_grad()
     counts, objective = count(trajectories), Objective(flow_clip_low=1e-3, flow_clip_high=1e-3)
-    parts = slices(variant, sampling)
-    for k, steps in enumerate(parts):
-        scores = adapter(trajectories, steps)
-        part = [window(t, steps) for t in trajectories]
-        scaled = Objective(
-            flow_clip_low=1e-3,
-            flow_clip_high=1e-3,
-            text_weight=1.0 if k == 0 else 0.0,
-            flow_weight=1.0 / len(parts),
-            mse_weight=objective.mse_weight / len(parts),
+    parts = [trajectories]
+    if not variant.packed:
+        parts = [[only(t, TextSegment) for t in trajectories]]
+        for steps in window_steps(False, sampling):
+            drawn = [only(t, ImageSegment) for t in trajectories]
+            parts.append([window(t, steps) for t in drawn])
+    share = 1.0 / max(1, len(parts) - 1)  # a mean over window steps, one to a part
+    scaled = replace(
+        objective,
+        flow_weight=objective.flow_weight * share,
+        mse_weight=objective.mse_weight * share,
+    )
+    for part in parts:
+        loss, _ = trajectory_loss(
+            adapter(part), part, objective=scaled, sampling=sampling, counts=counts
         )
-        loss, _ = trajectory_loss(scores, part, objective=scaled, sampling=sampling, counts=counts)
         loss.backward()
     return torch.cat([p.grad.flatten() for p in adapter.net.parameters() if p.grad is not None])
 
 
+def window_steps(packed: bool, sampling: Sampling) -> list[slice]:
+    """Return the window steps of each forward."""
+    return [slice(None)] if packed else [slice(k, k + 1) for k in range(sampling.window_size)]
+
+
+def only(trajectory: Trajectory, kind: type) -> Trajectory:
+    """Return the trajectory with its other sampled segments given; a text alone needs no image."""
+    segments = [
+        s if isinstance(s, kind) else as_given(s)
+        for s in trajectory.segments
+        if not (kind is TextSegment and isinstance(s, ImageSegment))
+    ]
+    return replace(trajectory, segments=segments)
+
+
 def window(trajectory: Trajectory, steps: slice) -> Trajectory:
-    """Return the trajectory with only some steps of its window."""
-    segments = []
-    for s in trajectory.segments:
-        if isinstance(s, ImageSegment) and s.is_sampled:
-            first = s.start + (steps.start or 0)
-            keep = slice(steps.start, None if steps.stop is None else steps.stop + 1)
-            s = ImageSegment(
-                latent=s.latent,
-                grid=s.grid,
-                start=first,
-                states=s.states[keep],
-                sigmas=s.sigmas[keep],
-                noise=s.noise[steps],
-                velocity=s.velocity[steps],
-                ref_velocity=s.ref_velocity[steps],
-                advantage=s.advantage,
-            )
-        segments.append(s)
-    return Trajectory(
-        prompt=trajectory.prompt,
-        segments=segments,
-        group=trajectory.group,
-        member=trajectory.member,
+    """Return the trajectory with only one step of its window."""
+    *context, image = trajectory.segments
+    part = replace(
+        image,
+        start=image.start + steps.start,
+        states=image.states[steps.start : steps.stop + 1],
+        sigmas=image.sigmas[steps.start : steps.stop + 1],
+        **{name: getattr(image, name)[steps] for name in ("noise", "velocity", "ref_velocity")},
     )
+    return replace(trajectory, segments=[*context, part])
 
 
 def iteration(
     adapter: DigitsAdapter, variant: Variant, sampling: Sampling
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Run one iteration and return its process time by part, and the gradient."""
+    adapter.share_prefixes = variant.shared_prefix
     parts: dict[str, float] = {}
     defaults = adapter.defaults()
     starts = [Start(p, g, m) for g, p in enumerate(defaults.train[:PROMPTS]) for m in range(GROUP)]

@@ -211,9 +211,14 @@ class Objective:
         return self.mse_weight > 0 or self.latent_kl_weight > 0
 
     @property
+    def needs_ref_log_prob(self) -> bool:
+        """Whether the text regulariser compares with the reference policy."""
+        return self.text_kl_weight > 0
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any term compares with the reference policy."""
-        return self.needs_ref_velocity or self.text_kl_weight > 0
+        return self.needs_ref_velocity or self.needs_ref_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)

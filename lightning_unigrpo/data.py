@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -326,6 +328,7 @@ class PromptDataModule(LightningDataModule):
                 f"{len(data)} training prompts; lower it."
             )
         sampler = PromptSampler(data, batch_size=self.prompts_per_iteration, seed=self._seed())
+        _no_workers_needed()
         return PromptLoader(
             data, batch_size=self.prompts_per_iteration, sampler=sampler, collate_fn=list
         )
@@ -349,6 +352,15 @@ class PromptDataModule(LightningDataModule):
 
     def _evaluation(self, split: Split) -> DataLoader[Prompt]:
         data = PromptDataset(self.prompts(split))
+        _no_workers_needed()
         return DataLoader(
             data, batch_size=self.eval_batch_size, sampler=ShardSampler(data), collate_fn=list
         )
+
+
+def _no_workers_needed() -> None:
+    """Silence Lightning's advice to use more workers, which it gives for any loader on many cores.
+
+    A batch of prompts is a few words, once per iteration: workers would only cost memory.
+    """
+    warnings.filterwarnings("ignore", ".* does not have many workers", PossibleUserWarning)

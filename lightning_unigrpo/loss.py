@@ -199,12 +199,6 @@ def _known(value: Tensor | None) -> Tensor:
     return value
 
 
-def _zero(scores: Scores) -> Tensor:
-    """Return a 0 that keeps the graph alive, so that every backward touches the same parameters."""
-    parts = [*scores.text, *scores.velocity, *scores.image_tokens]
-    return sum((part.sum() * 0.0 for part in parts), torch.zeros(()))
-
-
 class _Tokens(NamedTuple):
     """The clipped surrogate of n tokens or codes, sequence after sequence."""
 
@@ -247,7 +241,7 @@ def _text_terms(
 ) -> tuple[Tensor, Tensor]:
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TextSegment)]
     if not segments:
-        return _zero(scores), _zero(scores)
+        return torch.zeros(()), torch.zeros(())
     tokens = _token_surrogate(scores.text, segments, objective)
     weights = token_weights(
         tokens.lengths,
@@ -279,9 +273,10 @@ def _flow_terms(
     counts: Counts,
     metrics: Metrics,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flow = mse = kl = _zero(scores)
+    flow = mse = kl = torch.zeros(())
     for images, velocity in by_shape(trajectories, scores.velocity):
         if velocity.shape[1] == 0:
+            flow = flow + velocity.sum()  # 0, and backward still reaches every parameter
             continue
         steps = Transitions.stack(images)
         mean, std = steps.moments(velocity, sampling)
@@ -347,7 +342,7 @@ def _code_terms(
     """GRPO over the codes of discrete images: a ratio per code, a mean per image, then over images."""
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TokenImageSegment)]
     if not segments:
-        return _zero(scores)
+        return torch.zeros(())
     tokens = _token_surrogate(scores.image_tokens, segments, objective)
     weights = token_weights(
         tokens.lengths,

@@ -13,7 +13,7 @@ round is ``[Text(given), Text, Image]``; think, draw, reflect, redraw is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -191,3 +191,12 @@ def sampled(trajectories: Sequence[Trajectory]) -> Iterator[tuple[Trajectory, Se
         for segment in trajectory.segments:
             if segment.is_sampled:
                 yield trajectory, segment
+
+
+def as_given(segment: Segment) -> Segment:
+    """Return the segment as part of the state: later segments see the same, nothing scores it."""
+    if not segment.is_sampled:
+        return segment
+    if isinstance(segment, ImageSegment):
+        return replace(segment, states=None, sigmas=None, noise=None, velocity=None)
+    return replace(segment, log_prob=None)

@@ -315,7 +315,7 @@ def test_layout_of_two_rounds(adapter: BagelAdapter, generator: torch.Generator)
     rule = torch.tensor([[sees(query, key) for key in labelled] for query in labelled])
     assert torch.equal(packed.layout.visible()[0], rule)
     sigmas = torch.cat([first.sigmas[:-1], torch.zeros(1), second.sigmas[:-1]])  # type: ignore[index]
-    assert torch.equal(pack.sigma, sigmas.repeat_interleave(2))
+    assert torch.equal(pack.sigma[pack.image_of], sigmas.repeat_interleave(2))
     assert pack.latent_ids.tolist() == [0, 1] * 7
 
 
@@ -597,6 +597,73 @@ def test_executors_agree(
     assert_same_gradients(expected, gradients(adapter, rows))
 
 
+@pytest.mark.parametrize("tile", [0, 12, 20])
+def test_small_noise_blocks_attend_together(
+    adapter: BagelAdapter, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
+    """One by one, two and one, or several of one size but not of another: the same numbers."""
+    rows = trajectories(2, generator)
+    expected, packed = captured(adapter, lambda: adapter(rows))[1], adapter(rows)
+    assert len(expected.noise.samples) == 2 * len(rows)  # all the copies of an image
+    monkeypatch.setattr(attention, "TILE", tile)
+    _, used = captured(adapter, lambda: adapter(rows))
+    sizes = [sum(len(rows) for _, rows in blocks) for blocks in used.noise.samples]
+    assert len(sizes) > 2 * len(rows)
+    assert max(sizes) <= max(tile, 8)
+    assert_scores(adapter(rows), packed.text, packed.velocity)
+
+
+def alike(generator: torch.Generator) -> list[Trajectory]:
+    """Return five rollouts that have more or less of their beginning in common.
+
+    Of one request: 0 and 1 reason with the same words; 2 has these words too, but was cut off before
+    its stop token; 3 reasons otherwise. 4 is another request with the reasoning of 0.
+    """
+    prompt, other, reason = given(4, generator), given(3, generator), written(4, generator)
+    cut = TextSegment(tokens=reason.tokens[:-1], stopped=False, log_prob=torch.zeros(3))
+    picture = ImageSegment(
+        latent=torch.randn(4, C, generator=generator), grid=(2, 2), is_context=True
+    )
+    second = written(3, generator)
+    found = []
+    for begin, text in (
+        (prompt, reason),
+        (prompt, reason),
+        (prompt, cut),
+        (prompt, None),
+        (other, reason),
+    ):
+        segments: list[Segment] = [
+            TextSegment(tokens=begin.tokens.clone()),
+            picture,
+            written(2, generator) if text is None else text,
+            drawn((1, 2), generator, is_context=True),
+            second,
+            drawn((2, 2), generator, is_context=False),
+        ]
+        found.append(Trajectory(prompt=Prompt(text=""), segments=segments, group=0, member=0))
+    return found
+
+
+@pytest.mark.parametrize("path", ["dense", "block_wise"])
+@pytest.mark.parametrize("detach", [False, True])
+def test_equal_beginnings_are_packed_once(
+    generator: torch.Generator, path: str, detach: bool, request: pytest.FixtureRequest
+) -> None:
+    """Fewer rows, the same values and gradients; behind images of their own nothing is shared."""
+    if path == "block_wise":
+        request.getfixturevalue(path)
+    sharing, plain = (build(detach_context=detach, share_prefixes=s) for s in (True, False))
+    rows = alike(generator)
+    few, many = (captured(a, lambda a=a: a(rows))[0] for a in (sharing, plain))
+    # The prompt (6 rows) and the marks of the picture (2) three times, the reasoning (5) twice.
+    assert len(many.token_ids) - len(few.token_ids) == 3 * (6 + 2) + 2 * 5
+    assert len(many.latents) - len(few.latents) == 3 * 4
+    expected = plain(rows)
+    assert_scores(sharing(rows), expected.text, expected.velocity)
+    assert_same_gradients(gradients(plain, rows), gradients(sharing, rows))
+
+
 def words_of(adapter: BagelAdapter, grads: dict[str, Tensor]) -> Tensor:
     """Return the gradient of the embeddings of words: marks of images are the block's own."""
     return grads["language_model.model.embed_tokens.weight"][: adapter.config.start_of_image]
@@ -743,7 +810,7 @@ def test_packer_numbers_latents_behind_words(generator: torch.Generator) -> None
     packer = Packer(CONFIG, torch.device("cpu"))
     for _ in range(2):
         packer.sample()
-        packer.image(torch.zeros(2, C), torch.zeros(2), (1, 2), 0, noise=False)
+        packer.clean(ImageSegment(latent=torch.zeros(2, C), grid=(1, 2)), 0)
         packer.text([1, 2], 1)
     pack, layout = packer.finish()
     assert layout.rows.tolist() == [[0, 8, 9, 1, 2, 3], [4, 10, 11, 5, 6, 7]]

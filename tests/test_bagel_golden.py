@@ -307,6 +307,7 @@ def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
         positions=torch.cat([positions[text_at], positions[vit_at]]),
         latents=(1 - sigma).unsqueeze(1) * clean + sigma.unsqueeze(1) * noise,
         sigma=sigma,
+        image_of=torch.arange(len(sigma)),
         latent_ids=given["packed_latent_position_ids"],
         latent_positions=positions[vae_at],
         logit_rows=order[given["ce_loss_indexes"]],

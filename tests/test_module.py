@@ -141,6 +141,31 @@ def test_reference_equals_the_policy_before_the_first_update(tmp_path: Path) -> 
     assert second["text/kl"] > 1e-9
 
 
+class Watched(ToyFlow):
+    """Remembers how many texts and images a frozen network was asked to score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, int]] = []
+
+    def forward(self, *args: Any) -> Any:
+        scores = super().forward(*args)
+        if not next(self.net.parameters()).requires_grad:
+            self.asked.append((len(scores.text), len(scores.velocity)))
+        return scores
+
+
+@pytest.mark.parametrize("text_kl_weight", [0.0, 0.1])
+def test_reference_scores_texts_only_for_a_text_kl(tmp_path: Path, text_kl_weight: float) -> None:
+    """A head over 150,000 words is a large part of the pass."""
+    adapter = Watched()
+    kl = objective(text_kl_weight=text_kl_weight)
+    record = fit(tmp_path, UniGRPOModule(adapter, sampling=small(), objective=kl, optim=optim()), 1)
+    assert adapter.asked == [(8 if text_kl_weight else 0, 8)]
+    texts = [t.segments[1] for t in record.experience[0].trajectories]
+    assert all((s.ref_log_prob is not None) == bool(text_kl_weight) for s in texts)  # type: ignore[union-attr]
+
+
 def test_micro_batches_do_not_change_the_update(tmp_path: Path) -> None:
     weights = []
     for size in (None, 3):

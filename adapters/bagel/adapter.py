@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Adapter, token_log_probs
-from lightning_unigrpo.adapters.bagel.attention import Block, CachedAttention, PackedAttention
+from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
@@ -58,6 +58,8 @@ class BagelAdapter(Adapter):
         detach_context: cut the image loss's gradient into the reasoning's keys and values.
         gradient_checkpointing: recompute each layer in the backward pass.
         train_bridges: also train ``vae2llm``, ``llm2vae`` and ``time_embedder``.
+        share_prefixes: in the packed pass, run what trajectories begin with in common (the prompt of a
+            group, given images, equal reasonings) once for all of them; the numbers stay the same.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class BagelAdapter(Adapter):
         detach_context: bool = False,
         gradient_checkpointing: bool = False,
         train_bridges: bool = True,
+        share_prefixes: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,6 +80,7 @@ class BagelAdapter(Adapter):
         self.net: BagelNet = net or BagelNet(config)
         self.net.gradient_checkpointing = gradient_checkpointing
         self.default_size, self.detach_context = default_size, detach_context
+        self.share_prefixes = share_prefixes
         self.stop_token, self.latent_channels = config.eos, config.latent_channels
         if not train_bridges:
             for name in FLOW_MODULES:
@@ -154,9 +158,7 @@ class BagelAdapter(Adapter):
                 cache.open[b] = 0
                 advance.append(len(ids))
             elif isinstance(segment, ImageSegment) and segment.is_context:
-                latent = segment.latent.to(self.device)
-                clean = latent.new_zeros(len(latent))
-                packer.image(latent, clean, segment.grid, positions[b], noise=False)
+                packer.clean(segment, positions[b])
                 advance.append(1)
             else:
                 advance.append(0)
@@ -204,18 +206,17 @@ class BagelAdapter(Adapter):
         if grid not in cache.plans:
             cache.plans[grid] = self._noise_plan(cache, grid)
         pack, attention = cache.plans[grid]
-        levels = sigma.unsqueeze(1).expand(latents.shape[:2])
-        pack = replace(pack, latents=latents.flatten(0, 1), sigma=levels.flatten())
+        pack = replace(pack, latents=latents.flatten(0, 1), sigma=sigma)
         found: Tensor = self.net(pack, attention)[1]
         return found.view_as(latents)
 
     def _noise_plan(self, cache: BagelCache, grid: Grid) -> tuple[Pack, CachedAttention]:
         """Lay out one noise block per row; the same for all denoising steps of an image."""
         packer = self._packer()
-        empty = torch.zeros(grid[0] * grid[1], self.latent_channels, device=self.device)
+        empty = torch.zeros(1, grid[0] * grid[1], self.latent_channels, device=self.device)
         for position in cache.positions.tolist():
             packer.sample()
-            packer.image(empty, empty[:, 0], grid, position, noise=True)
+            packer.noisy(empty, empty[:, 0, 0], grid, position)
         pack, layout = packer.finish()
         cache.reserve(layout.rows.shape[1])
         return pack, CachedAttention(cache, layout)
@@ -227,37 +228,22 @@ class BagelAdapter(Adapter):
     # ---- learning
 
     def forward(self, trajectories: Sequence[Trajectory], steps: slice = slice(None)) -> Scores:
-        """Score all trajectories in one packed pass.
-
-        Given segments that several trajectories begin with (the same objects) are packed once.
-        """
-        packer = self._packer()
-        shared: dict[tuple[Segment, ...], tuple[list[Block], int]] = {}
+        """Score all trajectories in one packed pass; equal beginnings are packed once."""
+        packer = Packer(self.config, self.device, share=self.share_prefixes)
         for trajectory in trajectories:
             packer.sample()
-            blocks, position = packer.samples[-1], 0
-            for number, segment in enumerate(trajectory.segments):
-                prefix = tuple(trajectory.segments[: number + 1])
-                if prefix in shared:
-                    again, position = shared[prefix]
-                    blocks += again
-                    continue
-                before = len(blocks)
+            position = 0
+            for segment in trajectory.segments:
                 position = self._pack(packer, segment, position, steps)
-                if not segment.is_sampled:
-                    shared[prefix] = blocks[before:], position
         pack, layout = packer.finish()
         num_rows = len(pack.positions) + len(pack.latents)
         attention = PackedAttention(layout, num_rows, detach_context=self.detach_context)
         logits, velocity = self.net(pack, attention)
-        actions = [segment for _, segment in sampled(trajectories)]
-        scores = Scores()
-        if texts := [s for s in actions if isinstance(s, TextSegment)]:
+        shapes = packer.velocity_shapes
+        parts = velocity.split([shape[:2].numel() for shape in shapes]) if shapes else ()
+        scores = Scores(velocity=[v.view(s) for v, s in zip(parts, shapes, strict=True)])
+        if texts := [s for _, s in sampled(trajectories) if isinstance(s, TextSegment)]:
             scores.text, scores.entropy = score_texts(logits, texts)
-        if images := [s for s in actions if isinstance(s, ImageSegment)]:
-            shapes = [_window(s, steps)[0].shape for s in images]
-            parts = velocity.split([shape[:2].numel() for shape in shapes])
-            scores.velocity = [v.view(shape) for v, shape in zip(parts, shapes, strict=True)]
         return scores
 
     def _pack(self, packer: Packer, segment: Segment, position: int, steps: slice) -> int:
@@ -271,13 +257,13 @@ class BagelAdapter(Adapter):
             return position + len(ids)
         assert isinstance(segment, ImageSegment)
         if segment.is_sampled:
-            states, sigmas = _window(segment, steps)
-            for state, level in zip(states, sigmas, strict=True):
-                packer.image(state, level, segment.grid, position, noise=True)
+            assert segment.states is not None
+            assert segment.sigmas is not None
+            states, levels = segment.states[:-1][steps], segment.sigmas[:-1][steps]
+            packer.noisy(states, levels, segment.grid, position)
         if not segment.is_context:
             return position
-        clean = segment.latent.new_zeros(len(segment.latent))
-        packer.image(segment.latent, clean, segment.grid, position, noise=False)
+        packer.clean(segment, position)
         return position + 1
 
     # ---- strategies and optimizers
@@ -294,14 +280,6 @@ class BagelAdapter(Adapter):
     def shard_units(self) -> list[nn.Module]:
         """Return the layers."""
         return list(self.net.language_model.model.layers)
-
-
-def _window(image: ImageSegment, steps: slice) -> tuple[Tensor, Tensor]:
-    """Return the states ``[k, N, C]`` that transitions of the window start from, sigma ``[k, N]``."""
-    assert image.states is not None
-    assert image.sigmas is not None
-    states, sigmas = image.states[:-1][steps], image.sigmas[:-1][steps]
-    return states, sigmas.unsqueeze(1).expand(states.shape[:2])
 
 
 def score_texts(logits: Tensor, texts: Sequence[TextSegment]) -> tuple[list[Tensor], list[Tensor]]:

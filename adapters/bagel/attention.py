@@ -49,7 +49,7 @@ Block = tuple[Kind, list[int]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """The sequences that flat rows form: B samples, padded to L; samples may share rows."""
+    """The sequences that flat rows form: B samples, padded to L; samples may share whole blocks."""
 
     samples: Sequence[Sequence[Block]]
     """Per sample its blocks in order."""
@@ -130,16 +130,17 @@ class PackedAttention:
         rows = torch.cat([part.rows.flatten() for part in parts]).cpu().numpy()
         places = torch.cat([part.valid.flatten() for part in parts]).cpu().numpy().nonzero()[0]
         place = np.zeros(num_rows, dtype=np.int64)
-        place[rows[places[::-1]]] = places[::-1]  # backwards: of shared rows the first one counts
+        place[rows[places]] = places  # of a shared row, whichever: all its places hold the same
         self.place = torch.from_numpy(place).to(layout.rows.device)
 
     def _split(self, num_rows: int) -> None:
         """Separate the noise blocks from their contexts; small neighbours go together."""
         device = self.layout.rows.device
-        contexts: list[list[Block]] = []
+        contexts: dict[tuple[int, ...], tuple[int, list[Block]]] = {}
         noise: list[list[Block]] = []
-        owner, seen = [], []
-        for b, blocks in enumerate(self.layout.samples):
+        owner: list[int] = []
+        seen: list[int] = []
+        for blocks in self.layout.samples:
             context: list[Block] = []
             so_far = room = 0
             for kind, rows in blocks:
@@ -149,13 +150,15 @@ class PackedAttention:
                     continue
                 if len(rows) > room:
                     noise.append([])
-                    owner.append(b)
                     seen.append(so_far)
                     room = TILE
                 noise[-1].append((kind, rows))
                 room -= len(rows)
-            contexts.append(context)
-        self.context, self.noise = Layout.build(contexts, device), Layout.build(noise, device)
+            begins = tuple(rows[0] for _, rows in context)  # rows have one block: equal for equals
+            number, _ = contexts.setdefault(begins, (len(contexts), context))
+            owner += [number] * (len(noise) - len(owner))
+        self.context = Layout.build([context for _, context in contexts.values()], device)
+        self.noise = Layout.build(noise, device)
         self.context_mask = self.context.visible().unsqueeze(1)
         order = torch.arange(self.context.rows.shape[1], device=device)
         past = order < torch.tensor(seen, device=device).unsqueeze(1)
@@ -258,18 +261,17 @@ class CachedAttention:
         # At least one visible key, so that the softmax of padding is finite.
         self.mask = (keys < reach.clamp_min(1).unsqueeze(2)).unsqueeze(1)  # [B, 1, Q, S]
         places = layout.valid.flatten().nonzero().squeeze(1)
-        self.place = torch.empty_like(places)
+        self.place = torch.empty_like(places)  # per flat row
         self.place[layout.rows.flatten()[places]] = places
-        self.sample, self.slot = places // length, slots.flatten()[places]
-        self.flat = layout.rows.flatten()[places]
+        self.sample, self.slot = self.place // length, slots.flatten()[self.place]
 
     def __call__(self, layer: int, heads: Heads) -> Tensor:
         """Return ``[M, H * D]``."""
         if not len(heads.query):
             return heads.query.flatten(1)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, S, H_kv, D]
-        keys[self.sample, self.slot] = heads.key[self.flat].to(keys.dtype)
-        values[self.sample, self.slot] = heads.value[self.flat].to(values.dtype)
+        keys[self.sample, self.slot] = heads.key.to(keys.dtype)
+        values[self.sample, self.slot] = heads.value.to(values.dtype)
         query = heads.query[self.layout.rows].transpose(1, 2)
         key, value = (
             _repeat(x[:, : self.total].transpose(1, 2), query).to(query.dtype)

@@ -47,7 +47,9 @@ class Pack:
     latents: Tensor
     """``[Mg, C]`` float32."""
     sigma: Tensor
-    """``[Mg]`` float32, 0 for a clean image."""
+    """``[I]`` float32, one for each image, 0 for a clean one."""
+    image_of: Tensor
+    """``[Mg]`` int64, which image a latent row belongs to."""
     latent_ids: Tensor
     """``[Mg]`` int64 rows of the table of latent positions."""
     latent_positions: Tensor
@@ -129,17 +131,20 @@ EXPERTS = ("", "_moe_gen")
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine ``[M, 1, D]`` float32 of ``positions * theta^(-2k/D)``."""
+    """Return the tables ``[M, 1, D]`` float32 of ``positions * theta^(-2k/D)`` for :func:`rotate`.
+
+    The cosines twice, and the sines with the sign of the half they are added to.
+    """
     steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float().unsqueeze(1) * theta ** (-steps / head_dim)
-    angles = torch.cat([angles, angles], 1).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    angles = (positions.float().unsqueeze(1) * theta ** (-steps / head_dim)).unsqueeze(1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary positions to ``[M, H, D]``, halves as pairs."""
     a, b = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], -1) * sin.to(x.dtype)
+    return x * cos.to(x.dtype) + torch.cat([b, a], -1) * sin.to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -281,7 +286,7 @@ class BagelNet(nn.Module):
             return like.new_zeros(0, self.config.hidden_size)
         place = self.latent_pos_embed.pos_embed[pack.latent_ids]
         latents = self.vae2llm(pack.latents.to(self.vae2llm.weight.dtype))
-        return cast(Tensor, latents + self.time_embedder(pack.sigma) + place)
+        return cast(Tensor, latents + self.time_embedder(pack.sigma)[pack.image_of] + place)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_unigrpo.adapters.bagel.attention import Block, Kind, Layout
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import Pack
-from lightning_unigrpo.types import Grid
+from lightning_unigrpo.types import Grid, ImageSegment
 
 
 @dataclass
@@ -21,57 +21,93 @@ class Packer:
 
     Understanding rows are numbered 0, 1, ...; latent rows are kept as -1, -2, ... until :meth:`finish`
     knows how many understanding rows stand before them.
+
+    Args:
+        config: marks and sizes.
+        device: of the rows.
+        share: let samples that begin with the same words and clean images share those rows.
     """
 
     config: BagelConfig
     device: torch.device
+    share: bool = False
+    prefix: tuple[object, ...] = ()
+    known: dict[tuple[object, ...], Block] = field(default_factory=dict)
     samples: list[list[Block]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     logit_rows: list[int] = field(default_factory=list)
     velocity_rows: list[int] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
-    sigma: list[Tensor] = field(default_factory=list)
+    sigmas: list[Tensor] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     latent_positions: list[int] = field(default_factory=list)
     num_latents: int = 0
+    velocity_shapes: list[torch.Size] = field(default_factory=list)
 
     def sample(self) -> None:
         """Begin the next sample."""
         self.samples.append([])
+        self.prefix = ()
 
     def text(
         self, ids: Sequence[int], position: int, *, score: int = 0, last: bool = False
     ) -> None:
         """Add a causal block; ``score`` rows from its start (or its ``last`` row) want logits."""
-        first = len(self.ids)
-        self.ids.extend(ids)
-        self.positions.extend(range(position, position + len(ids)))
-        self.logit_rows.extend(range(first, first + score))
-        if last:
-            self.logit_rows.append(len(self.ids) - 1)
-        self.samples[-1].append((Kind.CAUSAL, list(range(first, len(self.ids)))))
 
-    def image(
-        self, latent: Tensor, sigma: Tensor, grid: Grid, position: int, *, noise: bool
-    ) -> None:
-        """Add one bidirectional block: mark, latent tokens ``[N, C]`` at sigma ``[N]``, mark.
+        def rows() -> Block:
+            first = len(self.ids)
+            self.ids.extend(ids)
+            self.positions.extend(range(position, position + len(ids)))
+            return Kind.CAUSAL, list(range(first, len(self.ids)))
 
-        Every row of it has the same RoPE position.
-        """
-        start, num = len(self.ids), len(latent)
-        self.ids += [self.config.start_of_image, self.config.end_of_image]
-        self.positions += [position, position]
-        first = self.num_latents
-        self.num_latents += num
-        self.latents.append(latent)
-        self.sigma.append(sigma)
-        self.grids.append(grid)
-        self.latent_positions.extend([position] * num)
-        if noise:
-            self.velocity_rows.extend(range(first, first + num))
-        rows = [start, *range(-1 - first, -1 - first - num, -1), start + 1]
-        self.samples[-1].append((Kind.NOISE if noise else Kind.FULL, rows))
+        _, numbers = self._visible((*ids,), rows)
+        self.logit_rows += numbers[-1:] if last else numbers[:score]
+
+    def clean(self, image: ImageSegment, position: int) -> None:
+        """Add an image that later blocks see."""
+
+        def rows() -> Block:
+            latent = image.latent.to(self.device).unsqueeze(0)
+            zero = latent.new_zeros(1)
+            return self._images(Kind.FULL, latent, zero, image.grid, position)[0]
+
+        self._visible((image,), rows)
+
+    def noisy(self, latents: Tensor, sigmas: Tensor, grid: Grid, position: int) -> None:
+        """Add k images ``[k, N, C]`` at noise levels ``[k]``, side by side; they want velocities."""
+        first, shape = self.num_latents, latents.shape
+        self.samples[-1] += self._images(Kind.NOISE, latents, sigmas, grid, position)
+        self.velocity_rows += range(first, self.num_latents)
+        self.velocity_shapes.append(shape)
+
+    def _visible(self, content: tuple[object, ...], rows: Callable[[], Block]) -> Block:
+        """Add a block that later ones see: new rows, or those of an equal beginning."""
+        self.prefix = (self.prefix, *content)
+        block = self.known.get(self.prefix) if self.share else None
+        if block is None:
+            block = self.known[self.prefix] = rows()
+        self.samples[-1].append(block)
+        return block
+
+    def _images(
+        self, kind: Kind, latents: Tensor, sigmas: Tensor, grid: Grid, position: int
+    ) -> list[Block]:
+        """Return bidirectional blocks: mark, latent tokens, mark; all rows at one RoPE position."""
+        count, num, _ = latents.shape
+        start, first = len(self.ids), self.num_latents
+        self.ids += [self.config.start_of_image, self.config.end_of_image] * count
+        self.positions += [position] * 2 * count
+        self.num_latents += count * num
+        self.latents.append(latents)
+        self.sigmas.append(sigmas)
+        self.grids += [grid] * count
+        self.latent_positions += [position] * count * num
+        blocks: list[Block] = []
+        for k in range(count):
+            mark, row = start + 2 * k, -1 - first - num * k
+            blocks.append((kind, [mark, *range(row, row - num, -1), mark + 1]))
+        return blocks
 
     def finish(self) -> tuple[Pack, Layout]:
         """Return the rows and the sequences they form."""
@@ -82,11 +118,13 @@ class Packer:
                     blocks[number] = (kind, [r if r >= 0 else offset - r for r in rows])
         empty = torch.zeros(0, self.config.latent_channels, device=self.device)
         ids = [latent_ids(grid, self.config.max_latent_size) for grid in self.grids]
+        sizes = [len(each) for each in ids]
         pack = Pack(
             token_ids=self._long(self.ids),
             positions=self._long(self.positions),
-            latents=torch.cat(self.latents) if self.latents else empty,
-            sigma=torch.cat(self.sigma) if self.sigma else empty[:, 0],
+            latents=torch.cat([x.flatten(0, 1) for x in self.latents]) if self.latents else empty,
+            sigma=torch.cat(self.sigmas) if self.sigmas else empty[:, 0],
+            image_of=self._long([i for i, size in enumerate(sizes) for _ in range(size)]),
             latent_ids=torch.cat(ids).to(self.device) if ids else self._long([]),
             latent_positions=self._long(self.latent_positions),
             logit_rows=self._long(self.logit_rows),

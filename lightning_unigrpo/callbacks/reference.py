@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,14 @@ from typing_extensions import override
 
 from lightning_unigrpo.adapter import Adapter
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
-from lightning_unigrpo.types import ImageSegment, TextSegment, TokenImageSegment, sampled
+from lightning_unigrpo.types import (
+    ImageSegment,
+    TextSegment,
+    TokenImageSegment,
+    Trajectory,
+    as_given,
+    sampled,
+)
 
 if TYPE_CHECKING:
     from lightning_unigrpo.module import UniGRPOModule
@@ -82,9 +90,11 @@ class ReferenceVelocity(UniGRPOCallback):
         if due and self._twin:
             self._twin[0].net.load_state_dict(module.adapter.net.state_dict())
         policy, context = self._reference(module.adapter)
-        images = module.objective.needs_ref_velocity
+        images, texts = module.objective.needs_ref_velocity, module.objective.needs_ref_log_prob
         with torch.no_grad(), context:
             for done, batch in enumerate(module.micro_batches(experience.trajectories)):
+                if not texts:
+                    batch = [_texts_given(trajectory) for trajectory in batch]
                 scores = policy(batch, slice(None) if images else slice(0, 0))
                 text, velocity, codes = map(
                     iter, (scores.text, scores.velocity, scores.image_tokens)
@@ -115,3 +125,9 @@ class ReferenceVelocity(UniGRPOCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict.get("net")
+
+
+def _texts_given(trajectory: Trajectory) -> Trajectory:
+    """Spare the head over the vocabulary, whose result nobody would read."""
+    segments = [as_given(s) if isinstance(s, TextSegment) else s for s in trajectory.segments]
+    return replace(trajectory, segments=segments)

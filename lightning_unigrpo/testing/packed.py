@@ -14,7 +14,6 @@ from lightning_unigrpo.testing.report import (
 from lightning_unigrpo.testing.subject import (
     Subject,
     apart,
-    as_given,
     flat_gradient,
     joined,
     last_scores,
@@ -28,6 +27,7 @@ from lightning_unigrpo.types import (
     Scores,
     TextSegment,
     TokenImageSegment,
+    as_given,
     sampled,
 )
 

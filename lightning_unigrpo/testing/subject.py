@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain
 from typing import TypeAlias
 
@@ -217,13 +216,6 @@ def codes_of(segment: Segment) -> Tensor:
     """Return the tokens of a text or of a discrete image."""
     assert not isinstance(segment, ImageSegment)
     return segment.tokens
-
-
-def as_given(segment: Segment) -> Segment:
-    """Return the segment without what was sampled."""
-    if isinstance(segment, ImageSegment):
-        return replace(segment, states=None, sigmas=None, noise=None, velocity=None)
-    return replace(segment, log_prob=None)
 
 
 def trajectory_of(prompt: Prompt, segments: list[Segment]) -> Trajectory:
