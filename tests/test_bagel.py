@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
-from lightning_unigrpo.adapters.bagel.packing import Packer, latent_ids
+from lightning_unigrpo.adapters.bagel.packing import Packer, position_ids
 from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
@@ -800,9 +800,9 @@ def test_words_and_sizes(adapter: BagelAdapter) -> None:
     assert adapter.image_grid(Prompt(text="", size=(4, 12))) == (1, 3)
     with pytest.raises(ValueError, match="multiples of 4 pixels"):
         adapter.image_grid(Prompt(text="", size=(6, 8)))
-    assert latent_ids((2, 3), 4).tolist() == [0, 1, 2, 4, 5, 6]
+    assert position_ids((2, 3), 4).tolist() == [0, 1, 2, 4, 5, 6]
     with pytest.raises(ValueError, match="does not fit"):
-        latent_ids((5, 1), 4)
+        position_ids((5, 1), 4)
 
 
 def test_packer_numbers_latents_behind_words(generator: torch.Generator) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel.attention import Kind, Layout, PackedAttention
 from lightning_unigrpo.adapters.bagel.network import Pack, sincos_table
-from lightning_unigrpo.adapters.bagel.packing import latent_ids
+from lightning_unigrpo.adapters.bagel.packing import position_ids
 from lightning_unigrpo.flow import ode_step, sigma_schedule
 from lightning_unigrpo.types import Grid, ImageSegment, Prompt, TextSegment, Trajectory
 from tests.conftest import golden_folder
@@ -80,7 +80,7 @@ def grid_of(name: str) -> Grid:
 def test_sincos_table_and_latent_ids(adapter: BagelAdapter) -> None:
     config = adapter.config
     close(sincos_table(config.max_latent_size, config.hidden_size), "basic/latent_pos_sincos", 1e-6)
-    ids = latent_ids(grid_of("sample0"), config.max_latent_size)
+    ids = position_ids(grid_of("sample0"), config.max_latent_size)
     assert torch.equal(ids, CASES["basic/latent_position_ids_img0"])
 
 

@@ -6,6 +6,69 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LLM_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+)
+VISION_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "layer_norm_eps",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """A SigLIP tower as Bagel uses it; field names as in ``vit_config.json``."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    """Layers that are built and stored: one fewer than ``vit_config.json`` says."""
+    num_attention_heads: int
+    num_channels: int = 3
+    image_size: int = 980
+    """Pixels per side that the learned table of positions covers."""
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    max_patches_per_side: int = 70
+    """Side of the language model's table of patch positions."""
+
+    @property
+    def patch_channels(self) -> int:
+        """Numbers per patch: row, column, channel, channel fastest."""
+        return self.patch_size**2 * self.num_channels
+
+    @classmethod
+    def from_upstream(
+        cls, vit_config: Mapping[str, Any], max_patches_per_side: int = 70
+    ) -> VisionConfig:
+        """Read ``vit_config.json``, whose last layer upstream leaves out."""
+        return cls(
+            **{name: vit_config[name] for name in VISION_FIELDS if name in vit_config},
+            num_hidden_layers=vit_config["num_hidden_layers"] - 1,
+            max_patches_per_side=max_patches_per_side,
+        )
+
+    def to_upstream(self) -> dict[str, Any]:
+        """Return the fields of ``vit_config.json``."""
+        fields = {name: getattr(self, name) for name in VISION_FIELDS}
+        return {
+            "model_type": "siglip_vision_model",
+            "hidden_act": "gelu_pytorch_tanh",
+            **fields,
+            "num_hidden_layers": self.num_hidden_layers + 1,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class BagelConfig:
@@ -36,6 +99,8 @@ class BagelConfig:
     """Image pixels per side of one latent pixel."""
     max_latent_size: int = 64
     """Side of the table of latent positions."""
+    vision: VisionConfig | None = None
+    """The tower for input images; ``None`` = this model does not look at images."""
 
     @property
     def head_dim(self) -> int:
@@ -60,27 +125,25 @@ class BagelConfig:
         bagel_config: Mapping[str, Any],
         vae_config: Mapping[str, Any],
         special_tokens: Mapping[str, int],
+        vit_config: Mapping[str, Any] | None = None,
     ) -> BagelConfig:
         """Read the published JSON fields.
 
         Args:
             llm_config: ``llm_config.json``.
-            bagel_config: ``latent_patch_size`` and ``max_latent_size``.
+            bagel_config: ``latent_patch_size``, ``max_latent_size``, ``vit_max_num_patch_per_side``.
             vae_config: ``z_channels`` and ``downsample``.
             special_tokens: ``bos_token_id``, ``eos_token_id``, ``start_of_image``, ``end_of_image``.
+            vit_config: ``vit_config.json``; ``None`` = without vision.
         """
-        names = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "rms_norm_eps",
-            "rope_theta",
+        # transformers 5 moves rope_theta when it writes a Qwen2 configuration.
+        theta = llm_config.get("rope_theta") or llm_config["rope_parameters"]["rope_theta"]
+        vision = vit_config and VisionConfig.from_upstream(
+            vit_config, bagel_config["vit_max_num_patch_per_side"]
         )
         return cls(
-            **{name: llm_config[name] for name in names},
+            **{name: llm_config[name] for name in LLM_FIELDS},
+            rope_theta=theta,
             z_channels=vae_config["z_channels"],
             latent_downsample=vae_config["downsample"],
             latent_patch_size=bagel_config["latent_patch_size"],
@@ -89,4 +152,19 @@ class BagelConfig:
             eos=special_tokens["eos_token_id"],
             start_of_image=special_tokens["start_of_image"],
             end_of_image=special_tokens["end_of_image"],
+            vision=vision or None,
         )
+
+    def to_upstream(self) -> dict[str, Any]:
+        """Return the fields of ``llm_config.json``."""
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "qk_norm": True,
+            "tie_word_embeddings": False,
+            "layer_module": "Qwen2MoTDecoderLayer",
+            **{name: getattr(self, name) for name in LLM_FIELDS},
+            "rope_theta": self.rope_theta,
+        }
