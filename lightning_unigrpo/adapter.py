@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -157,9 +157,38 @@ class Adapter(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} does not draw with tokens: image_policy is 'flow'.")
 
-    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> Cache | None:
-        """Return the unconditional twin of these contexts for guided *evaluation*; None = not offered."""
+    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> Any | None:
+        """Return what guided *evaluation* compares these contexts with; None = not offered.
+
+        By default a cache, of contexts without the request; :meth:`guided_velocity` is its only reader.
+        """
         return None
+
+    def guided_velocity(
+        self,
+        cache: Cache,
+        unconditional: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        grid: Grid,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Return ``v_u + scale * (v - v_u)``; arguments as in :meth:`velocity`.
+
+        Args:
+            cache: of B rows.
+            unconditional: from :meth:`guidance` of the same rows.
+            latents: ``[B, N, C]`` float32.
+            sigma: ``[B]`` float32, the same in all rows.
+            grid: ``(h, w)``.
+            scale: of the guidance; 1 = none.
+
+        Returns:
+            ``[B, N, C]`` float32.
+        """
+        base = self.velocity(unconditional, latents, sigma, grid)
+        return base + scale * (self.velocity(cache, latents, sigma, grid) - base)
 
     # ---- learning: the only differentiable path
 

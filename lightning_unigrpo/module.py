@@ -136,17 +136,14 @@ class UniGRPOModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Freeze what will not be trained, before a strategy or an optimizer looks at it."""
+        """Read the weights and freeze what will not be trained, before a strategy looks at it."""
         self.adapter.materialize()
+        for module in self.adapter.frozen_modules():  # no strategy moves what is not registered
+            module.to(self.trainer.strategy.root_device).eval().requires_grad_(False)
         for name, parameters in self.adapter.param_groups().items():
             if self._learning_rate(name) == 0:
                 for parameter in parameters:
                     parameter.requires_grad_(False)
-
-    @override
-    def setup(self, stage: str) -> None:
-        for module in self.adapter.frozen_modules():
-            module.to(self.device).eval().requires_grad_(False)
 
     def _learning_rate(self, group: str) -> float:
         return self.optim.text_lr if group == "text" else self.optim.flow_lr

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ def sample_image(
     windows: Sequence[range] | None = None,
     window_noise: Tensor | None = None,
     sampling: Sampling,
-    unconditional: Cache | None = None,
+    unconditional: Any | None = None,
     progress: Progress | None = None,
 ) -> list[ImageSegment]:
     """Integrate dx = v dsigma from noise to data: ODE steps, and SDE steps inside each row's window.
@@ -176,7 +176,7 @@ def sample_image(
         windows: B ranges of equal length K; ``None`` = ODE throughout (evaluation).
         window_noise: ``[B, K, N, C]`` float32 for the SDE steps.
         sampling: kind and eta of the SDE, guidance scale.
-        unconditional: a second cache for guided evaluation; ``None`` = no guidance.
+        unconditional: from ``adapter.guidance``, for guided evaluation; ``None`` = no guidance.
         progress: told the number of denoising steps done.
 
     Returns:
@@ -186,10 +186,12 @@ def sample_image(
     record = _Window(windows, x) if windows is not None else None
     for i in range(num):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        velocity = adapter.velocity(cache, x, sigma.expand(len(x)), grid)
-        if unconditional is not None:
-            base = adapter.velocity(unconditional, x, sigma.expand(len(x)), grid)
-            velocity = base + sampling.guidance_scale * (velocity - base)
+        if unconditional is None:
+            velocity = adapter.velocity(cache, x, sigma.expand(len(x)), grid)
+        else:
+            velocity = adapter.guided_velocity(
+                cache, unconditional, x, sigma.expand(len(x)), grid, scale=sampling.guidance_scale
+            )
         x_next = ode_step(velocity, x, sigma, sigma_next)
         if record is not None and window_noise is not None and record.covers(i):
             rows, k = record.rows(i)

@@ -9,6 +9,9 @@ import itertools
 import json
 import math
 import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,9 +21,16 @@ from torch import Tensor, nn
 
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel.attention import Kind, Layout, PackedAttention
-from lightning_unigrpo.adapters.bagel.network import Pack, sincos_table
+from lightning_unigrpo.adapters.bagel.checkpoint import Checkpoint
+from lightning_unigrpo.adapters.bagel.guidance import Guidance
+from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack, sincos_table
 from lightning_unigrpo.adapters.bagel.packing import position_ids
+from lightning_unigrpo.adapters.bagel.pretrained import Source
+from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae
+from lightning_unigrpo.adapters.bagel.vision import BagelVision, patchify, unpatchify
+from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.flow import ode_step, sigma_schedule
+from lightning_unigrpo.rollout import sample_image
 from lightning_unigrpo.types import Grid, ImageSegment, Prompt, TextSegment, Trajectory
 from tests.conftest import golden_folder
 
@@ -32,7 +42,6 @@ WEIGHTS = load_file(FOLDER / "state_dict.safetensors")
 ATOL, GRADIENT_ATOL = (
     float(number) for number in re.findall(r"\de-\d", INFO["conventions"]["tolerance"])[:2]
 )
-VISION = ("vit_model.", "connector.", "vit_pos_embed.")
 
 
 class Ids:
@@ -45,16 +54,45 @@ class Ids:
         return " ".join(map(str, ids))
 
 
-def golden_adapter() -> BagelAdapter:
-    config = BagelConfig.from_upstream(
-        llm_config=CONFIG["llm_config"],
-        bagel_config=CONFIG["bagel_config"],
-        vae_config=CONFIG["vae_config"],
-        special_tokens=INFO["special_tokens"],
-    )
-    adapter = BagelAdapter(config, Ids())
-    weights = {k: v for k, v in WEIGHTS.items() if not k.startswith(VISION)}
-    adapter.net.load_state_dict(weights, strict=True)
+def golden_folder_as_published(folder: Path) -> Path:
+    """Lay the golden model out like a published checkpoint."""
+    for name in ("llm_config", "vit_config"):
+        (folder / f"{name}.json").write_text(json.dumps(CONFIG[name]))
+    shutil.copyfile(FOLDER / "state_dict.safetensors", folder / "ema.safetensors")
+    shutil.copyfile(FOLDER / "ae.safetensors", folder / "ae.safetensors")
+    return folder
+
+
+def golden_adapter(**settings: Any) -> BagelAdapter:
+    """Load the golden model as a published one is loaded, but for its tokenizer."""
+    with TemporaryDirectory() as folder:
+        checkpoint = Checkpoint(golden_folder_as_published(Path(folder)))
+        config = checkpoint.config(INFO["special_tokens"], vision=True)
+        assert config == BagelConfig.from_upstream(
+            llm_config=CONFIG["llm_config"],
+            vit_config=CONFIG["vit_config"],
+            bagel_config=CONFIG["bagel_config"],
+            vae_config=CONFIG["vae_config"],
+            special_tokens=INFO["special_tokens"],
+        )
+        assert config.vision is not None
+        with torch.device("meta"):
+            net, vision = BagelNet(config), BagelVision(config.vision, config.hidden_size)
+            vae = build_vae(
+                {name: file.shape for name, file in checkpoint.autoencoder.items()},
+                scaling_factor=CONFIG["vae_config"]["scale_factor"],
+                shift_factor=CONFIG["vae_config"]["shift_factor"],
+            )
+        checkpoint.check({"net": net, "vision": vision})
+        adapter = BagelAdapter(
+            config,
+            Ids(),
+            net=net,
+            vision=vision,
+            vae=BagelVAE(vae, config.latent_patch_size),
+            **settings,
+        )
+        Source(checkpoint, torch.float32).fill(adapter)
     return adapter.eval()
 
 
@@ -175,7 +213,7 @@ def test_unconditional_velocity(adapter: BagelAdapter) -> None:
     state, grid = CASES["e_cfg/x_t"], grid_of("sample0")
     sigma = torch.tensor([INFO["t_for_e_h_k"]])
     for name, cache in (
-        ("v_uncond", adapter.guidance([[text("prompt_A")]])),
+        ("v_uncond", adapter.guidance([[text("prompt_A")]]).without_text),
         ("v_cond", adapter.prefill([[text("prompt_A")]])),
         ("v_think_cond", adapter.prefill([[text(f"prompt_{n}") for n in ("sys", "A", "think")]])),
     ):
@@ -197,59 +235,223 @@ def test_ode_sampling(adapter: BagelAdapter) -> None:
         close(x[0], f"d_ode/final_{i}")
 
 
-class Vision(nn.Module):
-    """SigLIP and connector as the golden training sample needs them; kept to this test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads = CONFIG["vit_config"]["num_attention_heads"]
-        self.eps = CONFIG["vit_config"]["layer_norm_eps"]
-        names = [k for k in WEIGHTS if k.startswith(VISION)]
-        self.index = {k: str(i) for i, k in enumerate(names)}
-        self.weights = nn.ParameterDict({self.index[k]: WEIGHTS[k].clone() for k in names})
-
-    def get(self, name: str) -> Tensor:
-        return self.weights[self.index[name]]
-
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        return nn.functional.linear(x, self.get(f"{name}.weight"), self.get(f"{name}.bias"))
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        weight, bias = self.get(f"{name}.weight"), self.get(f"{name}.bias")
-        return nn.functional.layer_norm(x, weight.shape, weight, bias, self.eps)
-
-    def forward(self, patches: Tensor, ids: Tensor) -> Tensor:
-        root = "vit_model.vision_model."
-        x = self.linear(patches, root + "embeddings.patch_embedding")
-        x = x + self.get(root + "embeddings.position_embedding.weight")[ids]
-        layer = 0
-        while f"{root}encoder.layers.{layer}.layer_norm1.weight" in self.index:
-            here = f"{root}encoder.layers.{layer}."
-            u = self.norm(x, here + "layer_norm1")
-            q, k, v = (
-                self.linear(u, f"{here}self_attn.{p}_proj")
-                .unflatten(1, (self.heads, -1))
-                .transpose(0, 1)
-                for p in "qkv"
-            )
-            mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1)
-            x = x + self.linear(mixed, here + "self_attn.out_proj")
-            u = nn.functional.gelu(
-                self.linear(self.norm(x, here + "layer_norm2"), here + "mlp.fc1"),
-                approximate="tanh",
-            )
-            x = x + self.linear(u, here + "mlp.fc2")
-            layer += 1
-        x = self.norm(x, root + "post_layernorm")
-        x = nn.functional.gelu(self.linear(x, "connector.fc1"), approximate="tanh")
-        return self.linear(x, "connector.fc2") + self.get("vit_pos_embed.pos_embed")[ids]
+def tokens_of(latents: Tensor) -> Tensor:
+    """Return ``[N, C]`` of the latents ``[z, H, W]`` that upstream made of an image."""
+    return patchify(latents, CONFIG["bagel_config"]["latent_patch_size"])
 
 
-def patchify(latent: Tensor, grid: Grid) -> Tensor:
-    """``[z, H, W]`` to ``[h * w, p * p * z]``, (row, column, channel) inside a token."""
-    p, (h, w) = CONFIG["bagel_config"]["latent_patch_size"], grid
-    cells = latent[:, : h * p, : w * p].unflatten(1, (h, p)).unflatten(3, (w, p))
-    return cells.permute(1, 3, 2, 4, 0).flatten(0, 1).flatten(1)
+def test_vae_encodes_and_decodes(adapter: BagelAdapter) -> None:
+    """Group f."""
+    assert adapter.vae is not None
+    z = CASES["f_vae/z"]
+    grid = z.shape[2] // adapter.vae.patch, z.shape[3] // adapter.vae.patch
+    close(adapter.vae.decode(tokens_of(z), grid), "f_vae/decoded")
+    encoded = adapter.vae.encode(CASES["f_vae/image"])
+    torch.testing.assert_close(encoded, tokens_of(CASES["f_vae/encoded_mean"]), atol=ATOL, rtol=0)
+    # A sample is mean + std noise, with the noise of the generator given.
+    mean, log_var = CASES["f_vae/moments"].chunk(2, 1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    sample = adapter.vae.scale * (mean + (0.5 * log_var).exp() * noise - adapter.vae.shift)
+    got = adapter.vae.encode(CASES["f_vae/image"], torch.Generator().manual_seed(3))
+    torch.testing.assert_close(got, tokens_of(sample), atol=ATOL, rtol=0)
+
+
+def test_decoding_of_sampled_latents(adapter: BagelAdapter) -> None:
+    """Group d, pixels."""
+    latent, grid = CASES["d_ode/final_0"], grid_of("sample0")
+    assert torch.equal(unpatchify(latent, grid, adapter.config.latent_patch_size), CASES["d_ode/final_latent_0"][0])
+    expected = (CASES["d_ode/final_image_0"] / 2 + 0.5).clamp(0, 1)
+    got = adapter.decode(latent.unsqueeze(0), grid)
+    torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+
+
+def vit_rows(adapter: BagelAdapter, name: str) -> Tensor:
+    assert adapter.vision is not None
+    with torch.no_grad():
+        return adapter.vision([CASES[f"in/{name}"]])[0]
+
+
+def only_seen(adapter: BagelAdapter, name: str) -> ImageSegment:
+    """Return an image for understanding: patches and no latents."""
+    latent = torch.zeros(0, adapter.latent_channels)
+    views = {"vit": vit_rows(adapter, name)}
+    return ImageSegment(latent=latent, grid=(0, 0), is_context=True, views=views)
+
+
+def edited(adapter: BagelAdapter) -> ImageSegment:
+    """Return the golden input image: latents by the mean, patches of a picture of its own size."""
+    assert adapter.vae is not None
+    pixels = CASES["in/edit_img"]
+    pixels = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+    side = adapter.config.pixels_per_token
+    return ImageSegment(
+        latent=adapter.vae.encode(pixels)[0],
+        grid=(pixels.shape[2] // side, pixels.shape[3] // side),
+        is_context=True,
+        views={"vit": vit_rows(adapter, "edit_vit_img")},
+    )
+
+
+def test_vision_tower(adapter: BagelAdapter) -> None:
+    """Group g: patches, positions, features and rows of the language model."""
+    vision = adapter.vision
+    assert vision is not None
+    config = vision.config
+    image = CASES["in/vit_img0"]
+    patches = patchify(image, config.patch_size)
+    close(patches, "g_vit/patches", 0)
+    grid = image.shape[1] // config.patch_size, image.shape[2] // config.patch_size
+    ids = position_ids(grid, config.max_patches_per_side)
+    assert torch.equal(ids, CASES["g_vit/position_ids"])
+    with torch.no_grad():
+        close(vision.vit_model["vision_model"](patches, ids), "g_vit/vit_out")
+    close(vit_rows(adapter, "vit_img0"), "g_vit/llm_in")
+
+
+def cached_logits(adapter: BagelAdapter, cache: Any, ids: Tensor) -> Tensor:
+    """Return the logits ``[L + 2, V]`` of a text read behind a cache, token by token."""
+    tokens = [None, *ids.tolist(), adapter.config.eos]
+    active = torch.ones(1, dtype=torch.bool)
+    fed = (None if token is None else torch.tensor([token]) for token in tokens)
+    return torch.stack([adapter.next_logits(cache, token, active)[0] for token in fed])
+
+
+def packed_log_probs(adapter: BagelAdapter, given: list[Any], ids: Tensor) -> Tensor:
+    """Return the log-probabilities of a text and its stop token from the packed pass."""
+    tokens = torch.cat([ids, torch.tensor([adapter.config.eos])])
+    written = TextSegment(tokens=tokens, log_prob=torch.zeros(len(tokens)))
+    row = Trajectory(prompt=Prompt(text=""), segments=[*given, written], group=0, member=0)
+    with torch.no_grad():
+        return adapter([row]).text[0]
+
+
+def agrees(adapter: BagelAdapter, given: list[Any], ids: Tensor, name: str) -> None:
+    """Both paths read a text behind a context and find the golden logits."""
+    cache = adapter.prefill([given])
+    logits = CASES[name]
+    got = cached_logits(adapter, cache, ids)[: len(logits)]
+    torch.testing.assert_close(got, logits, atol=ATOL, rtol=0)
+    tokens = torch.cat([ids, torch.tensor([adapter.config.eos])])[: len(logits)]
+    expected = logits.log_softmax(-1)[: len(tokens)].gather(1, tokens.unsqueeze(1)).squeeze(1)
+    packed = packed_log_probs(adapter, given, ids)[: len(tokens)]
+    torch.testing.assert_close(packed, expected, atol=ATOL, rtol=0)
+
+
+def test_image_for_understanding(adapter: BagelAdapter) -> None:
+    """Group g: a text behind what the tower saw, alone and in a ragged batch."""
+    images = [only_seen(adapter, name) for name in ("vit_img0", "vit_img1")]
+    prompts = [CASES["in/prompt_A"], CASES["in/prompt_B"]]
+    agrees(adapter, [images[0]], prompts[0], "g_vit/logits")
+    agrees(adapter, [images[1]], prompts[1], "g_vit/batch_logits_B")
+    steps = len(CASES["g_vit/greedy_tokens"])
+    tokens, logits = greedy(adapter, [[images[0], text("prompt_A")]], steps)
+    assert torch.equal(tokens[:, 0], CASES["g_vit/greedy_tokens"])
+    close(logits[:, 0], "g_vit/greedy_logits")
+    cache = adapter.prefill([[images[0]], [images[1]]])
+    assert cache.positions.tolist() == [1, 1]
+    adapter.extend(cache, [text("prompt_A"), text("prompt_B")])
+    both = adapter.next_logits(cache, None, torch.ones(2, dtype=torch.bool))[0]
+    torch.testing.assert_close(both, CASES["g_vit/greedy_logits"][0], atol=ATOL, rtol=0)
+
+
+def velocity_of(
+    adapter: BagelAdapter, given: list[Any], name: str, state: Tensor, grid: Grid
+) -> None:
+    """Both paths find the golden velocity behind a context."""
+    sigma = torch.tensor([INFO["t_for_e_h_k"]])
+    got = adapter.velocity(adapter.prefill([given]), state.unsqueeze(0), sigma, grid)
+    close(got[0], name)
+    image = ImageSegment(
+        latent=state,
+        grid=grid,
+        states=torch.stack([state, state]),
+        sigmas=torch.cat([sigma, sigma * 0]),
+    )
+    row = Trajectory(prompt=Prompt(text=""), segments=[*given, image], group=0, member=0)
+    with torch.no_grad():
+        close(adapter([row]).velocity[0][0], name)
+
+
+def test_editing(adapter: BagelAdapter) -> None:
+    """Group h: latents, patches, instruction, and the velocity behind them."""
+    given = [edited(adapter), text("prompt_B")]
+    agrees(adapter, given[:1], CASES["in/prompt_B"], "h_edit/logits")
+    velocity_of(adapter, given, "h_edit/v", CASES["h_edit/x_t"], grid_of("edit"))
+
+
+def test_reflection(adapter: BagelAdapter) -> None:
+    """Group k: two texts, an image looked at, a third text; keys, counters, velocity."""
+    given = [text("prompt_sys"), text("prompt_A"), edited(adapter)]
+    agrees(adapter, given, CASES["in/prompt_2"], "k_reflect/logits")
+    whole = [*given, text("prompt_2")]
+    cache = adapter.prefill([whole])
+    assert cache.positions.tolist() == CASES["k_reflect/rope_next"].tolist()
+    assert cache.lengths.tolist() == CASES["k_reflect/cache_len"].tolist()
+    close(cache.keys[-1][0, : int(cache.lengths)], "k_reflect/key_cache_last")
+    velocity_of(adapter, whole, "k_reflect/v", CASES["h_edit/x_t"], grid_of("edit"))
+
+
+GUIDED: dict[str, tuple[list[str], float, dict[str, Any]]] = {
+    "e_cfg/v_text4_global": (["prompt_A"], 4.0, {}),
+    "e_cfg/v_text4_channel": (["prompt_A"], 4.0, {"renorm": "channel"}),
+    "e_cfg/v_text4_text_channel": (["prompt_A"], 4.0, {"renorm": "text_channel"}),
+    "e_cfg/v_text4_global_min1": (["prompt_A"], 4.0, {"renorm_min": 1.0}),
+    "e_cfg/v_text4_img1p5_global": (["prompt_A"], 4.0, {"image_scale": 1.5}),
+    "e_cfg/v_think_global": (["prompt_sys", "prompt_A", "prompt_think"], 4.0, {"image_scale": 1.5}),
+    "h_edit/v_cfg_text_channel": (
+        ["edit", "prompt_B"],
+        4.0,
+        {"image_scale": 2.0, "renorm": "text_channel"},
+    ),
+    "h_edit/v_cfg_global": (["edit", "prompt_B"], 4.0, {"image_scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance(name: str) -> None:
+    """Groups e and h: contexts without text and without images, renormalised in three ways."""
+    parts, scale, settings = GUIDED[name]
+    adapter = golden_adapter(
+        guide=Guidance(**settings), system_prompt="5" if "prompt_sys" in parts else None
+    )
+    context = [edited(adapter) if part == "edit" else text(part) for part in parts]
+    if parts[-1] == "prompt_think":
+        reasoning = context[-1]
+        assert isinstance(reasoning, TextSegment)
+        reasoning.log_prob = torch.zeros(len(reasoning.tokens))
+    group = name.split("/")[0]
+    state = CASES[f"{group}/x_t"]
+    grid = grid_of("edit" if "edit" in parts else "sample0")
+    sigma = torch.tensor([INFO["t_for_e_h_k"]]).expand(2)
+    found = adapter.guided_velocity(
+        adapter.prefill([context, context]),
+        adapter.guidance([context, context]),
+        torch.stack([state, -state]),  # another sample of the batch changes nothing
+        sigma,
+        grid,
+        scale=scale,
+    )
+    close(found[0], name)
+
+
+def test_guidance_inside_an_interval() -> None:
+    """Group e: a whole ODE that is guided while ``low < sigma <= high``."""
+    adapter = golden_adapter(guide=Guidance(interval=(0.5, 1.0)))
+    sampling = INFO["sampling"]
+    sigmas = sigma_schedule(
+        sampling["num_timesteps"], shift=sampling["timestep_shift"], convention="points"
+    )
+    context = [text("prompt_A")]
+    (image,) = sample_image(
+        adapter,
+        adapter.prefill([context]),
+        CASES["e_cfg/x_t"].unsqueeze(0),
+        sigmas,
+        grid_of("sample0"),
+        sampling=Sampling(guidance_scale=4.0),
+        unconditional=adapter.guidance([context]),
+    )
+    close(image.latent, "e_cfg/ode_interval")
 
 
 def train_inputs() -> dict[str, Any]:
@@ -276,7 +478,10 @@ def golden_layout(order: Tensor) -> Layout:
 @pytest.mark.parametrize("dense", [True, False])
 def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
     """Group i: cross entropy, velocities and every gradient, vision rows included."""
-    adapter, vision, given = golden_adapter(), Vision(), train_inputs()
+    adapter, given = golden_adapter(), train_inputs()
+    vision, patch = adapter.vision, CONFIG["bagel_config"]["latent_patch_size"]
+    assert vision is not None
+    vision.requires_grad_(True)  # upstream trains it, too
     config, info = adapter.config, INFO["train"]
     text_at, vit_at, vae_at = (
         given[f"packed_{name}"]
@@ -292,7 +497,7 @@ def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
 
     clean = torch.cat(
         [
-            patchify(x, tuple(g))
+            tokens_of(x[:, : g[0] * patch, : g[1] * patch])
             for x, g in zip(given["padded_latent"], info["latent_shapes"], strict=True)
         ]
     )
@@ -312,7 +517,7 @@ def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
         latent_positions=positions[vae_at],
         logit_rows=order[given["ce_loss_indexes"]],
         velocity_rows=scored,
-        extra=vision(given["packed_vit_tokens"], given["packed_vit_position_ids"]),
+        extra=vision.rows(given["packed_vit_tokens"], given["packed_vit_position_ids"]),
     )
     assert num_words == len(pack.token_ids)
     assert config.latent_channels == clean.shape[1]
@@ -325,7 +530,7 @@ def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
     close(mse, "i_train/mse")
     (ce.mean() + mse.mean()).backward()
     gradients = {name: p.grad for name, p in adapter.net.named_parameters()}
-    gradients |= {name: vision.get(name).grad for name in vision.index}
+    gradients |= {name: p.grad for name, p in vision.named_parameters()}
     norms = torch.stack([gradients[name].norm() for name in info["grad_names"]])
     close(norms, "i_train/grad_norms", GRADIENT_ATOL)
     for name in (k for k in CASES if k.startswith("i_train/grad.")):

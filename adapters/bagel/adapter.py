@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from lightning_unigrpo.adapter import Adapter, token_log_probs
 from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
+from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
 from lightning_unigrpo.types import (
@@ -25,6 +28,13 @@ from lightning_unigrpo.types import (
     Trajectory,
     sampled,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lightning_unigrpo.adapters.bagel.pretrained import Source
+    from lightning_unigrpo.adapters.bagel.vae import BagelVAE
+    from lightning_unigrpo.adapters.bagel.vision import BagelVision
 
 FLOW_MODULES = ("vae2llm", "llm2vae", "time_embedder")
 """The bridges between latents and the language model; with ``moe_gen`` they are the flow group."""
@@ -40,13 +50,24 @@ class Tokenizer(Protocol):
         """Return the text of ids."""
 
 
+class GuidanceCache(NamedTuple):
+    """What guided evaluation compares with."""
+
+    without_text: BagelCache
+    without_image: BagelCache | None
+    """``None`` where the image scale is 1."""
+
+
 class BagelAdapter(Adapter):
-    """Bagel's language and generation path.
+    """Bagel: reasons, draws, looks at images and edits them.
 
     Layout of a context, one linear sequence: every text is ``bos + ids + eos``, every image
-    ``start + latents + end``. RoPE counts words; all rows of an image share one position. A segment's
-    ids never hold ``bos``; a sampled text ends with ``eos`` if it stopped, and the adapter adds ``eos``
-    wherever it is missing.
+    ``start + latents + end`` and, where there is a vision tower, ``start + patches + end`` behind it.
+    RoPE counts words; all rows of a block of image share one position. A segment's ids never hold
+    ``bos``; a sampled text ends with ``eos`` if it stopped, and the adapter adds ``eos`` wherever it is
+    missing.
+
+    The published model: :meth:`from_pretrained`.
 
     Source: Bagel, https://arxiv.org/abs/2505.14683.
 
@@ -54,7 +75,13 @@ class BagelAdapter(Adapter):
         config: sizes and special tokens.
         tokenizer: turns prompts into ids.
         net: the network; ``None`` builds one with random weights.
+        vae: pixels to latents and back; without it :meth:`decode` is a subclass's business.
+        vision: the tower that looks at images; ``None`` shows later segments the latents only.
+        system_prompt: a text before every prompt, in think mode the request to reason.
         default_size: height and width in pixels of an image whose prompt names none.
+        posterior: latents of input images are the ``mean`` (reproducible) or a ``sample`` (upstream),
+            drawn by the prompt's id.
+        guide: how evaluation guides, where ``sampling.guidance_scale`` is above 1.
         detach_context: cut the image loss's gradient into the reasoning's keys and values.
         gradient_checkpointing: recompute each layer in the backward pass.
         train_bridges: also train ``vae2llm``, ``llm2vae`` and ``time_embedder``.
@@ -68,7 +95,12 @@ class BagelAdapter(Adapter):
         tokenizer: Tokenizer,
         *,
         net: BagelNet | None = None,
+        vae: BagelVAE | None = None,
+        vision: BagelVision | None = None,
+        system_prompt: str | None = None,
         default_size: tuple[int, int] = (1024, 1024),
+        posterior: Literal["mean", "sample"] = "mean",
+        guide: Guidance | None = None,
         detach_context: bool = False,
         gradient_checkpointing: bool = False,
         train_bridges: bool = True,
@@ -79,6 +111,13 @@ class BagelAdapter(Adapter):
         self.tokenizer: Any = tokenizer
         self.net: BagelNet = net or BagelNet(config)
         self.net.gradient_checkpointing = gradient_checkpointing
+        # A dict, not attributes: checkpoints hold neither, and no strategy wraps them.
+        self._frozen = {"vae": vae, "vision": vision}
+        self.system_prompt, self.posterior, self.guide = (
+            system_prompt,
+            posterior,
+            guide or Guidance(),
+        )
         self.default_size, self.detach_context = default_size, detach_context
         self.share_prefixes = share_prefixes
         self.stop_token, self.latent_channels = config.eos, config.latent_channels
@@ -86,30 +125,141 @@ class BagelAdapter(Adapter):
             for name in FLOW_MODULES:
                 getattr(self.net, name).requires_grad_(False)
 
+    source: Source | None = None
+    """Where :meth:`from_pretrained` found the weights."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: str = "float32",
+        vision: bool = True,
+        revision: str | None = None,
+        overrides: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Open a published checkpoint; its weights are read by :meth:`materialize`, when training begins.
+
+        Args:
+            source: a folder in the published layout, or a hub id such as ``ByteDance-Seed/BAGEL-7B-MoT``.
+            dtype: of the network: ``float32`` for full fine-tuning (with ``bf16-mixed`` compute),
+                ``bfloat16`` for a frozen base under LoRA and for inference.
+            vision: build the vision tower; without it images are seen as latents only.
+            revision: of a hub id.
+            overrides: fields of :class:`BagelConfig` that the files do not show, such as ``rope_theta``.
+            settings: the other arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: for a wrong folder, missing files, or a hub that cannot be reached.
+            ValueError: for truncated files, weights of another model, or an unknown dtype.
+        """
+        # Here, because diffusers and transformers take seconds to import and a subclass may need neither.
+        from lightning_unigrpo.adapters.bagel.pretrained import open_checkpoint
+
+        found, parts = open_checkpoint(
+            source, dtype=dtype, vision=vision, revision=revision, overrides=overrides or {}
+        )
+        adapter = cls(**parts, **settings)
+        adapter.source = found
+        return adapter
+
+    def materialize(self) -> None:
+        """Read the weights that :meth:`from_pretrained` left in their files."""
+        if self.source is not None:
+            self.source.fill(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the weights in the published layout, which upstream and :meth:`from_pretrained` load."""
+        from lightning_unigrpo.adapters.bagel.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.net.vae2llm.weight.device
 
+    @property
+    def vae(self) -> BagelVAE | None:
+        """The autoencoder."""
+        return cast("BagelVAE | None", self._frozen["vae"])
+
+    @property
+    def vision(self) -> BagelVision | None:
+        """The vision tower."""
+        return cast("BagelVision | None", self._frozen["vision"])
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the autoencoder and the vision tower."""
+        return [module for module in self._frozen.values() if module is not None]
+
     # ---- words and pixels
 
     def tokenize(self, prompt: Prompt) -> list[Segment]:
-        """Return the prompt as one text; Bagel has no chat template."""
-        ids = torch.tensor(self.tokenizer.encode(prompt.text), dtype=torch.long)
-        return [TextSegment(tokens=ids.to(self.device))]
+        """Return system text, input images and request; Bagel has no chat template."""
+        system = [self._words(self.system_prompt)] if self.system_prompt else []
+        images = [self.see(pixels, key=prompt.id) for pixels in prompt.images]
+        return [*system, *images, self._words(prompt.text)]
+
+    def _words(self, text: str) -> TextSegment:
+        ids = torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
+        return TextSegment(tokens=ids.to(self.device))
 
     def detokenize(self, tokens: Tensor) -> str:
         """Return the words of ``[L]`` ids without the closing ``eos``."""
         ids = tokens.tolist()
         return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.config.eos] else ids))
 
+    @torch.no_grad()
+    def see(self, pixels: Tensor, *, key: int = 0) -> ImageSegment:
+        """Return an input image as later segments see it: latents, and patches if there is a tower.
+
+        Args:
+            pixels: ``[3, H, W]`` float32 in [0, 1], of any size.
+            key: of the posterior's noise, where it is sampled.
+
+        Raises:
+            ValueError: when there is no autoencoder.
+        """
+        if self.vae is None:
+            raise ValueError(
+                f"{type(self).__name__} has no autoencoder: it cannot read input images."
+            )
+        pixels = latent_resize(self.config)(pixels.to(self.device, torch.float32))
+        noise = None
+        if self.posterior == "sample":
+            noise = torch.Generator().manual_seed(key)
+        latent = self.vae.encode(2 * pixels.unsqueeze(0) - 1, noise).squeeze(0)
+        side = self.config.pixels_per_token
+        grid = (pixels.shape[1] // side, pixels.shape[2] // side)
+        views = self._patches(pixels)
+        return ImageSegment(latent=latent, grid=grid, is_context=True, views=views)
+
+    @torch.no_grad()
+    def look(self, image: ImageSegment) -> ImageSegment:
+        """Show a drawn image as upstream does: decoded, and read again like an input image."""
+        if self.vae is None:
+            return image
+        pixels = self.decode(image.latent.unsqueeze(0), image.grid)
+        views = {"vae": self.vae.encode(2 * pixels - 1).squeeze(0), **self._patches(pixels[0])}
+        return replace(image, views=views)
+
+    def _patches(self, pixels: Tensor) -> dict[str, Tensor]:
+        if self.vision is None:
+            return {}
+        small = patch_resize(self.vision.config)(pixels)
+        return {"vit": self.vision([2 * small - 1])[0]}
+
     def image_grid(self, prompt: Prompt) -> Grid:
-        """Return the latent grid of the size asked for.
+        """Return the latent grid of the size asked for; of the last input image where none is.
 
         Raises:
             ValueError: when the size is not a multiple of a latent token's pixels.
         """
         height, width = prompt.size or self.default_size
+        if prompt.images and prompt.size is None:
+            height, width = latent_resize(self.config).fit(*prompt.images[-1].shape[1:])
         side = self.config.pixels_per_token
         if height % side or width % side:
             raise ValueError(
@@ -117,15 +267,19 @@ class BagelAdapter(Adapter):
             )
         return height // side, width // side
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
-        """Turn latents into pixels; needs a subclass that owns an image decoder.
+        """Turn latents ``[B, N, C]`` into pixels ``[B, 3, H, W]`` in [0, 1].
 
         Raises:
-            TypeError: always, here.
+            TypeError: when there is no autoencoder and no subclass that decodes.
         """
-        raise TypeError(
-            f"{type(self).__name__} has no image decoder: override decode(latents, grid) -> [B, 3, H, W]."
-        )
+        if self.vae is None:
+            raise TypeError(
+                f"{type(self).__name__} has no image decoder: give it a vae, or override "
+                "decode(latents, grid) -> [B, 3, H, W]."
+            )
+        return (self.vae.decode(latents, grid) / 2 + 0.5).clamp(0, 1)
 
     # ---- sampling
 
@@ -146,7 +300,18 @@ class BagelAdapter(Adapter):
 
     @torch.no_grad()
     def extend(self, cache: BagelCache, segments: Sequence[Segment | None]) -> None:  # type: ignore[override]
-        """Append one segment per row; None appends nothing."""
+        """Append one segment per row; None appends nothing. Latents and patches are two blocks."""
+        looked_at = [
+            isinstance(s, ImageSegment) and s.is_context and "vit" in s.views for s in segments
+        ]
+        self._append_blocks(cache, segments, patches=False)
+        if any(looked_at):
+            rows = [s if seen else None for s, seen in zip(segments, looked_at, strict=True)]
+            self._append_blocks(cache, rows, patches=True)
+
+    def _append_blocks(
+        self, cache: BagelCache, segments: Sequence[Segment | None], *, patches: bool
+    ) -> None:
         packer, positions = self._packer(), cache.positions.tolist()
         advance = []
         for b, segment in enumerate(segments):
@@ -157,7 +322,10 @@ class BagelAdapter(Adapter):
                     packer.text(ids, positions[b])
                 cache.open[b] = 0
                 advance.append(len(ids))
-            elif isinstance(segment, ImageSegment) and segment.is_context:
+            elif isinstance(segment, ImageSegment) and patches:
+                packer.seen(segment, positions[b])
+                advance.append(1)
+            elif isinstance(segment, ImageSegment) and segment.is_context and len(segment.latent):
                 packer.clean(segment, positions[b])
                 advance.append(1)
             else:
@@ -221,9 +389,53 @@ class BagelAdapter(Adapter):
         cache.reserve(layout.rows.shape[1])
         return pack, CachedAttention(cache, layout)
 
-    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> BagelCache:
-        """Return empty contexts: plain text-to-image has nothing else to drop."""
-        return self.prefill([[] for _ in contexts])
+    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> GuidanceCache:
+        """Return the contexts that guided evaluation compares with: without the request, without images."""
+        parts = [self._less(context) for context in contexts]
+        without_text = self.prefill([less for less, _ in parts])
+        if self.guide.image_scale <= 1:
+            return GuidanceCache(without_text, None)
+        return GuidanceCache(without_text, self.prefill([less for _, less in parts]))
+
+    def _less(self, context: Sequence[Segment]) -> tuple[list[Segment], list[Segment]]:
+        """Return a context before its last given text (or behind its last image), and its given texts.
+
+        A reasoning is no given text; the system prompt belongs to both.
+        """
+        system = 1 if self.system_prompt else 0
+        without_text = list(context[:system])
+        for n, segment in enumerate(context[system:], system):
+            if isinstance(segment, ImageSegment):
+                if segment.is_context:
+                    without_text = list(context[: n + 1])
+            elif not segment.is_sampled:
+                without_text = list(context[:n])
+        without_image: list[Segment] = [
+            s for s in context if isinstance(s, TextSegment) and not s.is_sampled
+        ]
+        return without_text, without_image
+
+    @torch.no_grad()
+    def guided_velocity(  # type: ignore[override]
+        self,
+        cache: BagelCache,
+        unconditional: GuidanceCache,
+        latents: Tensor,
+        sigma: Tensor,
+        grid: Grid,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Return the velocity under text and image guidance; sigma must be the same in all rows."""
+        velocity = self.velocity(cache, latents, sigma, grid)
+        low, high = self.guide.interval
+        if scale <= 1 or not low < float(sigma[0]) <= high:
+            return velocity
+        without_text = self.velocity(unconditional.without_text, latents, sigma, grid)
+        without_image = None
+        if unconditional.without_image is not None:
+            without_image = self.velocity(unconditional.without_image, latents, sigma, grid)
+        return guided(velocity, without_text, without_image, text_scale=scale, guide=self.guide)
 
     # ---- learning
 
@@ -263,8 +475,13 @@ class BagelAdapter(Adapter):
             packer.noisy(states, levels, segment.grid, position)
         if not segment.is_context:
             return position
-        packer.clean(segment, position)
-        return position + 1
+        if len(segment.latent):
+            packer.clean(segment, position)
+            position += 1
+        if "vit" in segment.views:
+            packer.seen(segment, position)
+            position += 1
+        return position
 
     # ---- strategies and optimizers
 

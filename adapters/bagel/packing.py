@@ -14,7 +14,6 @@ from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import Pack
 from lightning_unigrpo.types import Grid, ImageSegment
 
-
 VISION, LATENT = 1 << 40, 1 << 41
 """Where rows of each sort are numbered from, until all are known: words and marks from 0."""
 
@@ -170,7 +169,7 @@ def position_ids(grid: Grid, side: int) -> Tensor:
     h, w = grid
     if max(grid) > side:
         raise ValueError(
-            f"An image of {h} x {w} tokens does not fit this checkpoint's table of positions ({side} x {side}); "
-            "ask for a smaller Prompt.size."
+            f"An image of {h} x {w} tokens does not fit this checkpoint's table of positions "
+            f"({side} x {side}); ask for a smaller Prompt.size."
         )
     return (torch.arange(h).unsqueeze(1) * side + torch.arange(w)).flatten()

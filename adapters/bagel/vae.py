@@ -6,7 +6,7 @@ The published ``ae.safetensors`` is FLUX.1's autoencoder. Its sizes are read fro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ class BagelVAE(nn.Module):
     """Pixels to latent tokens and back, in float32.
 
     Args:
-        vae: the autoencoder, with its scale and shift in its configuration.
+        vae: diffusers' ``AutoencoderKL``, with its scale and shift in its configuration.
         patch: latent pixels per side of a token.
     """
 
-    def __init__(self, vae: AutoencoderKL, patch: int) -> None:
+    def __init__(self, vae: Any, patch: int) -> None:
         super().__init__()
-        self.vae, self.patch = vae, patch
+        self.vae = vae
+        self.patch = patch
+        config = self.vae.config
+        self.scale, self.shift = float(config["scaling_factor"]), float(config["shift_factor"])
         self.vae.enable_slicing()  # one image at a time: a decoder's activations at 1024 px are 4 GB
 
     @torch.no_grad()
@@ -41,7 +44,7 @@ class BagelVAE(nn.Module):
             images: ``[B, 3, H, W]`` in [-1, 1], sides multiples of a token's pixels.
             generator: of the posterior's sample; ``None`` takes its mean.
         """
-        posterior = self.vae.encode(images.to(self.dtype)).latent_dist
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return patchify(self.scale * (z.float() - self.shift), self.patch)
 
@@ -49,23 +52,8 @@ class BagelVAE(nn.Module):
     def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Return ``[B, 3, H, W]`` float32 in about [-1, 1] for tokens ``[B, N, C]``."""
         z = unpatchify(tokens.float(), grid, self.patch) / self.scale + self.shift
-        pixels: Tensor = self.vae.decode(z.to(self.dtype)).sample
+        pixels: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
         return pixels.float()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the autoencoder's weights."""
-        return self.vae.dtype  # type: ignore[no-any-return]
-
-    @property
-    def scale(self) -> float:
-        """Factor of the latents."""
-        return float(self.vae.config["scaling_factor"])
-
-    @property
-    def shift(self) -> float:
-        """Offset of the latents."""
-        return float(self.vae.config["shift_factor"])
 
 
 def build_vae(shapes: Mapping[str, Sequence[int]], **overrides: Any) -> AutoencoderKL:
@@ -75,7 +63,7 @@ def build_vae(shapes: Mapping[str, Sequence[int]], **overrides: Any) -> Autoenco
         shapes: name to shape in ``ae.safetensors``.
         overrides: other arguments of ``AutoencoderKL``, such as ``scaling_factor``.
     """
-    levels = _count(r"encoder\.down\.(\d+)\.", shapes)
+    levels = _count(LEVEL, shapes)
     channels = [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)]
     settings: dict[str, Any] = {
         "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -94,10 +82,13 @@ def build_vae(shapes: Mapping[str, Sequence[int]], **overrides: Any) -> Autoenco
         "shift_factor": SHIFT,
         "force_upcast": False,
     }
-    return AutoencoderKL(**(settings | overrides))
+    return AutoencoderKL(**(settings | overrides))  # type: ignore[no-untyped-call]
 
 
-def _count(pattern: str, names: Mapping[str, Any]) -> int:
+LEVEL = r"encoder\.down\.(\d+)\."
+
+
+def _count(pattern: str, names: Iterable[str]) -> int:
     return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
 
 
@@ -129,7 +120,8 @@ def diffusers_name(name: str, levels: int) -> str:
     return name
 
 
-def vae_names(vae: AutoencoderKL, upstream: Sequence[str]) -> dict[str, str]:
+def vae_names(upstream: Iterable[str]) -> dict[str, str]:
     """Return upstream's names with those of diffusers."""
-    levels = len(vae.config["block_out_channels"])
-    return {name: diffusers_name(name, levels) for name in upstream}
+    names = list(upstream)
+    levels = _count(LEVEL, names)
+    return {name: diffusers_name(name, levels) for name in names}

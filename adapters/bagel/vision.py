@@ -1,4 +1,4 @@
-"""How Bagel looks at a picture: a SigLIP tower over patches of any grid, and the bridge to the language model.
+"""How Bagel looks at a picture: a SigLIP tower over patches of any grid, and the bridge behind it.
 
 Names of submodules are those of the published checkpoint. The tower is frozen and has no strategy's
 wrapping: it runs once per picture, and its rows enter the packed pass as given embeddings.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
@@ -154,20 +153,24 @@ def patchify(x: Tensor, side: int) -> Tensor:
     """Cut ``[*, C, H, W]`` into cells, ``[*, h * w, side * side * C]``, channel fastest; crops the rest.
 
     Example:
+        >>> import torch
         >>> patchify(torch.arange(8).view(2, 2, 2), 2)
         tensor([[0, 4, 1, 5, 2, 6, 3, 7]])
     """
     h, w = x.shape[-2] // side, x.shape[-1] // side
     cells = x[..., : h * side, : w * side].unflatten(-2, (h, side)).unflatten(-1, (w, side))
-    return cells.movedim(-5, -1).transpose(-4, -3).flatten(-3).flatten(-3, -2)
+    tokens: Tensor = cells.movedim(-5, -1).transpose(-4, -3).flatten(-3).flatten(-3, -2)
+    return tokens
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Undo :func:`patchify`: ``[*, h * w, side * side * C]`` to ``[*, C, h * side, w * side]``.
 
     Example:
+        >>> import torch
         >>> unpatchify(torch.tensor([[0, 4, 1, 5, 2, 6, 3, 7]]), (1, 1), 2).tolist()
         [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
     """
     cells = tokens.unflatten(-2, grid).unflatten(-1, (side, side, -1))
-    return cells.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)
+    images: Tensor = cells.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)
+    return images

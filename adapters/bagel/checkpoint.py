@@ -1,0 +1,332 @@
+"""Bagel's published files: found or downloaded, checked before anything heavy, read a tensor at a time.
+
+Layout: ``llm_config.json``, ``vit_config.json``, ``ema.safetensors`` (language model, bridges and vision
+tower; one file, or shards with an index), ``ae.safetensors`` (the autoencoder), and a tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_unigrpo.adapters.bagel.config import BagelConfig
+
+WEIGHTS, AUTOENCODER, INDEX = "ema.safetensors", "ae.safetensors", "ema.safetensors.index.json"
+LLM, VIT = "llm_config.json", "vit_config.json"
+FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.*", "tokenizer*")
+VISION = ("vit_model.", "connector.", "vit_pos_embed.")
+TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+"""Sine tables: read when the file's fits, else left as computed."""
+MARKS = {
+    "bos_token_id": "<|im_start|>",
+    "eos_token_id": "<|im_end|>",
+    "start_of_image": "<|vision_start|>",
+    "end_of_image": "<|vision_end|>",
+}
+"""Special tokens, as :meth:`BagelConfig.from_upstream` names them; ``llm_config.json`` names others."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """Return the folder of a checkpoint, downloaded if ``source`` is a hub id.
+
+    Downloads resume, show their progress, and respect ``HF_HUB_OFFLINE`` and ``HF_HOME``.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, no such repository, or no way to reach it.
+        PermissionError: when the repository asks for an agreement or a token.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    name = str(source)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists():
+        raise FileNotFoundError(
+            f"adapter.source is {name!r}: neither a folder nor a hub id such as "
+            "'ByteDance-Seed/BAGEL-7B-MoT'."
+        )
+    # Below 1.0 the hub needs to be asked for its fast path; later ones take hf-xet by themselves.
+    os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"adapter.source {name!r} is gated: accept its terms on the hub, then `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"adapter.source is {name!r}: there is no such folder here and no such repository on the hub "
+            "(a private one needs `hf auth login`)."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (
+            "HF_HUB_OFFLINE is set"
+            if os.environ.get("HF_HUB_OFFLINE")
+            else "the hub cannot be reached"
+        )
+        raise FileNotFoundError(
+            f"adapter.source {name!r} is not in the local cache and {reason}; run `hf download {name}` where "
+            "there is a network, or give a folder."
+        ) from error
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A tensor's file, shape and dtype, from the header alone."""
+
+    path: Path
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of a folder in the published layout.
+
+    Args:
+        folder: where the files are.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when a file is truncated or no safetensors file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        missing = [name for name in (LLM, AUTOENCODER) if not (folder / name).is_file()]
+        shards = self._shards()
+        if not shards:
+            missing.append(WEIGHTS)
+        if missing:
+            here = sorted(path.name for path in folder.iterdir())[:12]
+            raise FileNotFoundError(
+                f"adapter.source {folder} is not a Bagel checkpoint: {', '.join(missing)} missing; it holds "
+                f"{', '.join(here) or 'nothing'}."
+            )
+        self.llm_config = read_json(folder / LLM)
+        self.vit_config = read_json(folder / VIT) if (folder / VIT).is_file() else None
+        self.tensors = {k: v for path in shards for k, v in read_header(path).items()}
+        self.autoencoder = read_header(folder / AUTOENCODER)
+
+    def _shards(self) -> list[Path]:
+        whole, index = self.folder / WEIGHTS, self.folder / INDEX
+        if whole.is_file():
+            return [whole]
+        if not index.is_file():
+            return []
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        lost = [name for name in names if not (self.folder / name).is_file()]
+        if lost:
+            raise FileNotFoundError(
+                f"adapter.source {self.folder}: {INDEX} names {', '.join(lost)}, missing."
+            )
+        return [self.folder / name for name in names]
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether a vision tower is there."""
+        return self.vit_config is not None and any(k.startswith(VISION) for k in self.tensors)
+
+    def config(self, marks: Mapping[str, int], *, vision: bool, **overrides: Any) -> BagelConfig:
+        """Return the sizes, from the JSON files and the tensors' shapes.
+
+        Upstream keeps some of them in code. Where a tensor shows them, the tensor is believed.
+
+        Args:
+            marks: ids of the special tokens, as :data:`MARKS` names them.
+            vision: whether to build the vision tower.
+            overrides: fields of :class:`BagelConfig` to set instead.
+        """
+        z = self.autoencoder["decoder.conv_in.weight"].shape[1]
+        levels = {
+            name.split(".")[2] for name in self.autoencoder if name.startswith("encoder.down.")
+        }
+        channels = self._shape("vae2llm.weight", 1, 64)
+        bagel = {
+            "latent_patch_size": math.isqrt(channels // z),
+            "max_latent_size": math.isqrt(self._shape(TABLES[0], 0, 64**2)),
+            "vit_max_num_patch_per_side": math.isqrt(self._shape(TABLES[1], 0, 70**2)),
+        }
+        config = BagelConfig.from_upstream(
+            llm_config=self.llm_config,
+            vit_config=self.vit_config if vision else None,
+            bagel_config=bagel,
+            vae_config={"z_channels": z, "downsample": 2 ** (len(levels) - 1)},
+            special_tokens=marks,
+        )
+        unknown = overrides.keys() - vars(config).keys()
+        if unknown:
+            raise ValueError(
+                f"adapter.overrides has {', '.join(sorted(unknown))}; known are {', '.join(vars(config))}."
+            )
+        return BagelConfig(**(vars(config) | overrides))
+
+    def _shape(self, name: str, axis: int, default: int) -> int:
+        return self.tensors[name].shape[axis] if name in self.tensors else default
+
+    def check(self, modules: Mapping[str, nn.Module]) -> None:
+        """Compare names and shapes with what modules expect, before a byte of weights is read.
+
+        Args:
+            modules: title to module; together they hold every tensor of the file.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        expected = {
+            name: tuple(value.shape)
+            for module in modules.values()
+            for name, value in module.state_dict().items()
+        }
+        found = {name: file.shape for name, file in self.tensors.items()}
+        if not any(name.startswith(VISION) for name in expected):
+            found = {name: shape for name, shape in found.items() if not name.startswith(VISION)}
+        wrong = [
+            f"  {name}: {found.get(name, 'missing')} in the file, "
+            f"{expected.get(name, 'unknown')} in the model"
+            for name in sorted(found.keys() | expected.keys())
+            if name not in TABLES and not self._agree(name, found.get(name), expected.get(name))
+        ]
+        if wrong:
+            more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise ValueError(
+                f"adapter.source {self.folder} holds another model; {len(wrong)} tensors differ:\n"
+                + "\n".join(wrong[:8])
+                + more
+                + "\nSizes come from llm_config.json and vit_config.json; adapter.overrides changes them."
+            )
+
+    def _agree(
+        self, name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] | None
+    ) -> bool:
+        if found is not None and expected is not None and name.endswith("patch_embedding.weight"):
+            return math.prod(found) == math.prod(expected)  # as a convolution or flat
+        return found == expected
+
+    def fill(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Replace a module's meta tensors by the file's, one tensor in memory at a time.
+
+        Args:
+            module: with names as in the file.
+            dtype: of the weights afterwards.
+            device: likewise.
+        """
+        wanted = {
+            name: self.tensors[name]
+            for name, value in module.state_dict().items()
+            if name in self.tensors
+            and (name not in TABLES or tuple(value.shape) == self.tensors[name].shape)
+        }
+        for name, tensor in read_tensors(wanted):
+            old = module.get_parameter(name)
+            value = flat_patch(tensor) if name.endswith("patch_embedding.weight") else tensor
+            # A copy even where the dtype stays: the original is a page of the file.
+            _set(module, name, value.to(device=device, dtype=dtype, copy=True), old.requires_grad)
+        for name, value in module.named_parameters():
+            if name not in wanted:  # a sine table
+                _set(module, name, value.to(device=device, dtype=dtype), value.requires_grad)
+
+    def fill_autoencoder(self, vae: nn.Module, names: Mapping[str, str]) -> None:
+        """Read the autoencoder in float32, under diffusers' names.
+
+        Raises:
+            ValueError: when the file holds another model.
+        """
+        expected = vae.state_dict()
+        state = {names[name]: tensor for name, tensor in read_tensors(self.autoencoder)}
+        for name, value in state.items():
+            if name in expected and value.numel() == expected[name].numel():
+                state[name] = value.reshape(
+                    expected[name].shape
+                )  # 1x1 convolutions as linear layers
+        wrong = [
+            name
+            for name in sorted(state.keys() | expected.keys())
+            if name not in state
+            or name not in expected
+            or state[name].shape != expected[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.folder / AUTOENCODER} is not the autoencoder of FLUX.1's shape: {len(wrong)} tensors "
+                f"differ, {', '.join(wrong[:4])} ..."
+            )
+        vae.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+
+
+def _set(module: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=requires_grad))
+
+
+def flat_patch(weight: Tensor) -> Tensor:
+    """Return a patch embedding as a linear weight; a convolution's ``[d, C, p, p]`` is permuted."""
+    return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return found
+
+
+def read_header(path: Path) -> dict[str, TensorFile]:
+    """Return names and shapes without reading tensors.
+
+    Raises:
+        ValueError: when the file is truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            return {
+                name: TensorFile(path, tuple(file.get_slice(name).get_shape())) for name in names
+            }
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it is truncated or not a safetensors file: download it again."
+        ) from error
+
+
+def read_tensors(files: Mapping[str, TensorFile]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors; a file stays open, and its pages in memory, only while they are taken from it."""
+    for path, names in groupby(
+        sorted(files, key=lambda n: (files[n].path, n)), lambda n: files[n].path
+    ):
+        with safe_open(path, "pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copy files that training does not change."""
+    for name in names:
+        if (source / name).is_file() and (source / name).resolve() != (target / name).resolve():
+            shutil.copyfile(source / name, target / name)

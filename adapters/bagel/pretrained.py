@@ -1,0 +1,144 @@
+"""Load a published Bagel checkpoint, and write what was trained in the same layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from lightning_unigrpo.adapters.bagel.checkpoint import (
+    AUTOENCODER,
+    DTYPES,
+    LLM,
+    VISION,
+    VIT,
+    WEIGHTS,
+    Checkpoint,
+    copy_files,
+    find_folder,
+    read_tensors,
+)
+from lightning_unigrpo.adapters.bagel.network import BagelNet
+from lightning_unigrpo.adapters.bagel.tokenizer import BagelTokenizer
+from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae, vae_names
+from lightning_unigrpo.adapters.bagel.vision import BagelVision
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.adapters.bagel.adapter import BagelAdapter
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    dtype: str,
+    vision: bool,
+    revision: str | None,
+    overrides: Mapping[str, Any],
+) -> tuple[Source, dict[str, Any]]:
+    """Read everything but the weights.
+
+    Args:
+        source: folder or hub id.
+        dtype: of the network's weights.
+        vision: whether to build the tower, where the checkpoint has one.
+        revision: of a hub id.
+        overrides: fields of the configuration.
+
+    Returns:
+        Where the weights are, and the adapter's arguments, its networks on the meta device.
+
+    Raises:
+        ValueError: for an unknown dtype or weights of another model.
+        FileNotFoundError: when files are missing.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"adapter.dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    checkpoint = Checkpoint(find_folder(source, revision=revision))
+    tokenizer = BagelTokenizer.from_folder(checkpoint.folder)
+    vision = vision and checkpoint.has_vision
+    config = checkpoint.config(tokenizer.marks, vision=vision, **overrides)
+    largest = max(tokenizer.marks.values())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {checkpoint.folder} gives a mark the id {largest}, but llm_config.json has "
+            f"vocab_size {config.vocab_size}: the files belong to different models."
+        )
+    with torch.device("meta"):
+        net = BagelNet(config)
+        tower = BagelVision(config.vision, config.hidden_size) if config.vision else None
+        vae = build_vae({name: file.shape for name, file in checkpoint.autoencoder.items()})
+    checkpoint.check({"net": net} | ({"vision": tower} if tower is not None else {}))
+    parts = {
+        "config": config,
+        "tokenizer": tokenizer,
+        "net": net,
+        "vision": tower,
+        "vae": BagelVAE(vae, config.latent_patch_size),
+    }
+    return Source(checkpoint, DTYPES[dtype]), parts
+
+
+class Source:
+    """Where an adapter's weights come from.
+
+    Args:
+        checkpoint: the files.
+        dtype: of the network's weights.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+
+    def fill(self, adapter: BagelAdapter) -> None:
+        """Load the weights of networks that are on the meta device, unit by unit."""
+        device = torch.get_default_device()
+        for unit in (adapter.net, adapter.vision):
+            if unit is not None and any(p.is_meta for p in unit.parameters()):
+                dtype = self.dtype if unit is adapter.net else torch.float32
+                self.checkpoint.fill(unit, dtype=dtype, device=device)
+        vae = adapter.vae.vae if adapter.vae is not None else None
+        if vae is not None and vae.device.type == "meta":
+            self.checkpoint.fill_autoencoder(vae, vae_names(self.checkpoint.autoencoder))
+            vae.to(device)
+        for module in adapter.frozen_modules():
+            module.eval().requires_grad_(False)
+
+
+def save_pretrained(adapter: BagelAdapter, folder: str | Path) -> None:
+    """Write an adapter's weights in the published layout.
+
+    Args:
+        adapter: loaded by ``from_pretrained``; parts that were left out are copied from where it came.
+        folder: made if it does not exist.
+
+    Raises:
+        ValueError: when the adapter did not come from a checkpoint: nothing to copy the autoencoder from.
+    """
+    if adapter.source is None:
+        raise ValueError(
+            "save_pretrained writes what from_pretrained read; this adapter was built otherwise."
+        )
+    checkpoint, target = adapter.source.checkpoint, Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    state = dict(adapter.net.state_dict())
+    if adapter.vision is not None:
+        state |= adapter.vision.state_dict()
+    left_out = {name: file for name, file in checkpoint.tensors.items() if name not in state}
+    assert all(name.startswith(VISION) for name in left_out)
+    state |= dict(read_tensors(left_out))
+    for name, value in (
+        (LLM, checkpoint.llm_config | adapter.config.to_upstream()),
+        *([(VIT, checkpoint.vit_config)] if checkpoint.vit_config is not None else []),
+    ):
+        (target / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    adapter.tokenizer.save_pretrained(target)
+    copy_files(checkpoint.folder, target, [AUTOENCODER, "config.json", "generation_config.json"])
+    # Under another name first: a full disk must not leave half a file where a whole one was.
+    written = target / f"{WEIGHTS}.tmp"
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written)
+    os.replace(written, target / WEIGHTS)
