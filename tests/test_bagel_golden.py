@@ -259,7 +259,9 @@ def test_vae_encodes_and_decodes(adapter: BagelAdapter) -> None:
 def test_decoding_of_sampled_latents(adapter: BagelAdapter) -> None:
     """Group d, pixels."""
     latent, grid = CASES["d_ode/final_0"], grid_of("sample0")
-    assert torch.equal(unpatchify(latent, grid, adapter.config.latent_patch_size), CASES["d_ode/final_latent_0"][0])
+    assert torch.equal(
+        unpatchify(latent, grid, adapter.config.latent_patch_size), CASES["d_ode/final_latent_0"][0]
+    )
     expected = (CASES["d_ode/final_image_0"] / 2 + 0.5).clamp(0, 1)
     got = adapter.decode(latent.unsqueeze(0), grid)
     torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)

@@ -83,6 +83,21 @@ def open_checkpoint(
     return Source(checkpoint, DTYPES[dtype]), parts
 
 
+UNTRAINED = (
+    AUTOENCODER,
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+"""Files that are copied as they were: upstream's older libraries could not read them written anew."""
+
+
 class Source:
     """Where an adapter's weights come from.
 
@@ -136,8 +151,7 @@ def save_pretrained(adapter: BagelAdapter, folder: str | Path) -> None:
         *([(VIT, checkpoint.vit_config)] if checkpoint.vit_config is not None else []),
     ):
         (target / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    adapter.tokenizer.save_pretrained(target)
-    copy_files(checkpoint.folder, target, [AUTOENCODER, "config.json", "generation_config.json"])
+    copy_files(checkpoint.folder, target, UNTRAINED)
     # Under another name first: a full disk must not leave half a file where a whole one was.
     written = target / f"{WEIGHTS}.tmp"
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, written)

@@ -59,7 +59,3 @@ class BagelTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
-        self.tokenizer.save_pretrained(folder)
