@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -297,6 +298,16 @@ class PromptDataModule(LightningDataModule):
         data._prompts |= {split: rows for split, rows in lists.items() if rows}
         return data
 
+    def _has(self, split: Split) -> bool:
+        """Whether the user or the adapter gives prompts of a split."""
+        return split in self._prompts or bool(getattr(self._defaults(), split, ()))
+
+    def _defaults(self) -> Defaults | None:
+        if self.trainer is None:
+            return None
+        found: Defaults | None = self.trainer.lightning_module.adapter.defaults()  # type: ignore[union-attr, operator]
+        return found
+
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """Return the prompts of a split, from the user or from the adapter.
 
@@ -304,9 +315,7 @@ class PromptDataModule(LightningDataModule):
             ValueError: when neither has any.
         """
         if split not in self._prompts:
-            defaults: Defaults | None = None
-            if split != "predict" and self.trainer is not None:
-                defaults = self.trainer.lightning_module.adapter.defaults()  # type: ignore[union-attr, operator]
+            defaults = self._defaults() if split != "predict" else None
             if defaults is None:
                 raise ValueError(
                     f"There are no prompts: set data.{split}"
@@ -339,7 +348,11 @@ class PromptDataModule(LightningDataModule):
         return self.trainer.lightning_module.sampling.seed if self.trainer else 0  # type: ignore[union-attr, return-value]
 
     @override
-    def val_dataloader(self) -> DataLoader[Prompt]:
+    def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not self._has("val"):
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+            return []  # training without validation, as Lightning understands it
         return self._evaluation("val")
 
     @override

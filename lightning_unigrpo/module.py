@@ -144,6 +144,8 @@ class UniGRPOModule(LightningModule):
             if self._learning_rate(name) == 0:
                 for parameter in parameters:
                     parameter.requires_grad_(False)
+        for callback in self._callbacks():
+            callback.on_configure_model(self.trainer, self)
 
     def _learning_rate(self, group: str) -> float:
         return self.optim.text_lr if group == "text" else self.optim.flow_lr
@@ -384,7 +386,7 @@ class UniGRPOModule(LightningModule):
         return self._own_data("fit").train_dataloader()
 
     @override
-    def val_dataloader(self) -> DataLoader[Prompt]:
+    def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
         return self._own_data("validate").val_dataloader()
 
     @override

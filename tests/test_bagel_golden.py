@@ -92,7 +92,15 @@ def golden_adapter(**settings: Any) -> BagelAdapter:
             vae=BagelVAE(vae, config.latent_patch_size),
             **settings,
         )
-        Source(checkpoint, torch.float32).fill(adapter)
+        Source(
+            checkpoint=checkpoint,
+            dtype=torch.float32,
+            config=config,
+            tokenizer=None,
+            net=net,
+            vision=vision,
+            vae=adapter.vae,
+        ).fill(adapter)
     return adapter.eval()
 
 

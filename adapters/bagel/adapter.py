@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
@@ -16,6 +17,7 @@ from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
 from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
+from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, has_lora, lora_off
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
 from lightning_unigrpo.types import (
@@ -30,8 +32,6 @@ from lightning_unigrpo.types import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from lightning_unigrpo.adapters.bagel.pretrained import Source
     from lightning_unigrpo.adapters.bagel.vae import BagelVAE
     from lightning_unigrpo.adapters.bagel.vision import BagelVision
@@ -81,6 +81,8 @@ class BagelAdapter(Adapter):
         default_size: height and width in pixels of an image whose prompt names none.
         posterior: latents of input images are the ``mean`` (reproducible) or a ``sample`` (upstream),
             drawn by the prompt's id.
+        lora: train low-rank adapters instead of the weights; the base is then the reference, and its dtype
+            may be ``bfloat16``.
         guide: how evaluation guides, where ``sampling.guidance_scale`` is above 1.
         detach_context: cut the image loss's gradient into the reasoning's keys and values.
         gradient_checkpointing: recompute each layer in the backward pass.
@@ -100,6 +102,7 @@ class BagelAdapter(Adapter):
         system_prompt: str | None = None,
         default_size: tuple[int, int] = (1024, 1024),
         posterior: Literal["mean", "sample"] = "mean",
+        lora: LoRA | None = None,
         guide: Guidance | None = None,
         detach_context: bool = False,
         gradient_checkpointing: bool = False,
@@ -119,7 +122,7 @@ class BagelAdapter(Adapter):
             guide or Guidance(),
         )
         self.default_size, self.detach_context = default_size, detach_context
-        self.share_prefixes = share_prefixes
+        self.share_prefixes, self.lora = share_prefixes, lora
         self.stop_token, self.latent_channels = config.eos, config.latent_channels
         if not train_bridges:
             for name in FLOW_MODULES:
@@ -138,7 +141,7 @@ class BagelAdapter(Adapter):
         revision: str | None = None,
         overrides: dict[str, Any] | None = None,
         **settings: Any,
-    ) -> Self:
+    ) -> BagelAdapter:
         """Open a published checkpoint; its weights are read by :meth:`materialize`, when training begins.
 
         Args:
@@ -157,17 +160,30 @@ class BagelAdapter(Adapter):
         # Here, because diffusers and transformers take seconds to import and a subclass may need neither.
         from lightning_unigrpo.adapters.bagel.pretrained import open_checkpoint
 
-        found, parts = open_checkpoint(
+        found = open_checkpoint(
             source, dtype=dtype, vision=vision, revision=revision, overrides=overrides or {}
         )
-        adapter = cls(**parts, **settings)
+        adapter = cls(
+            found.config,
+            found.tokenizer,
+            net=found.net,
+            vae=found.vae,
+            vision=found.vision,
+            **settings,
+        )
         adapter.source = found
         return adapter
 
     def materialize(self) -> None:
-        """Read the weights that :meth:`from_pretrained` left in their files."""
+        """Read the weights that :meth:`from_pretrained` left in their files, and put LoRA in."""
         if self.source is not None:
             self.source.fill(self)
+        if self.lora is not None and not has_lora(self.net):
+            add_lora(self.net, self.lora)
+
+    def reference(self) -> AbstractContextManager[None] | None:
+        """Return the base without its LoRA, where there is one."""
+        return lora_off(self.net) if self.lora is not None else None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the weights in the published layout, which upstream and :meth:`from_pretrained` load."""
@@ -497,6 +513,16 @@ class BagelAdapter(Adapter):
     def shard_units(self) -> list[nn.Module]:
         """Return the layers."""
         return list(self.net.language_model.model.layers)
+
+
+def load_bagel(source: str, **settings: Any) -> BagelAdapter:
+    """:meth:`BagelAdapter.from_pretrained` under a name that a YAML file can give as ``class_path``.
+
+    Args:
+        source: a folder in the published layout, or a hub id.
+        settings: the other arguments of :meth:`BagelAdapter.from_pretrained`.
+    """
+    return BagelAdapter.from_pretrained(source, **settings)
 
 
 def score_texts(logits: Tensor, texts: Sequence[TextSegment]) -> tuple[list[Tensor], list[Tensor]]:

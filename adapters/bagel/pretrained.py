@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from lightning_unigrpo.adapters.bagel.checkpoint import (
     find_folder,
     read_tensors,
 )
+from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.lora import merged_state
 from lightning_unigrpo.adapters.bagel.network import BagelNet
 from lightning_unigrpo.adapters.bagel.tokenizer import BagelTokenizer
 from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae, vae_names
@@ -39,7 +42,7 @@ def open_checkpoint(
     vision: bool,
     revision: str | None,
     overrides: Mapping[str, Any],
-) -> tuple[Source, dict[str, Any]]:
+) -> Source:
     """Read everything but the weights.
 
     Args:
@@ -50,7 +53,7 @@ def open_checkpoint(
         overrides: fields of the configuration.
 
     Returns:
-        Where the weights are, and the adapter's arguments, its networks on the meta device.
+        The parts of an adapter, its networks on the meta device.
 
     Raises:
         ValueError: for an unknown dtype or weights of another model.
@@ -73,14 +76,15 @@ def open_checkpoint(
         tower = BagelVision(config.vision, config.hidden_size) if config.vision else None
         vae = build_vae({name: file.shape for name, file in checkpoint.autoencoder.items()})
     checkpoint.check({"net": net} | ({"vision": tower} if tower is not None else {}))
-    parts = {
-        "config": config,
-        "tokenizer": tokenizer,
-        "net": net,
-        "vision": tower,
-        "vae": BagelVAE(vae, config.latent_patch_size),
-    }
-    return Source(checkpoint, DTYPES[dtype]), parts
+    return Source(
+        checkpoint=checkpoint,
+        dtype=DTYPES[dtype],
+        config=config,
+        tokenizer=tokenizer,
+        net=net,
+        vision=tower,
+        vae=BagelVAE(vae, config.latent_patch_size),
+    )
 
 
 UNTRAINED = (
@@ -98,16 +102,18 @@ UNTRAINED = (
 """Files that are copied as they were: upstream's older libraries could not read them written anew."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """Where an adapter's weights come from.
+    """A checkpoint that was opened: what an adapter is built from, and where its weights are."""
 
-    Args:
-        checkpoint: the files.
-        dtype: of the network's weights.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    """Of the network's weights; the frozen parts are float32."""
+    config: BagelConfig
+    tokenizer: BagelTokenizer
+    net: BagelNet
+    vision: BagelVision | None
+    vae: BagelVAE
 
     def fill(self, adapter: BagelAdapter) -> None:
         """Load the weights of networks that are on the meta device, unit by unit."""
@@ -140,7 +146,8 @@ def save_pretrained(adapter: BagelAdapter, folder: str | Path) -> None:
         )
     checkpoint, target = adapter.source.checkpoint, Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    state = dict(adapter.net.state_dict())
+    has_adapters = adapter.lora is not None
+    state = merged_state(adapter.net) if has_adapters else dict(adapter.net.state_dict())
     if adapter.vision is not None:
         state |= adapter.vision.state_dict()
     left_out = {name: file for name, file in checkpoint.tensors.items() if name not in state}

@@ -2,6 +2,7 @@
 
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.checkpoint import IterationCheckpoint
+from lightning_unigrpo.callbacks.export import SavePretrained
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping
 from lightning_unigrpo.callbacks.predictions import PredictionWriter
 from lightning_unigrpo.callbacks.progress import RolloutProgress
@@ -18,5 +19,6 @@ __all__ = [
     "RolloutGrouping",
     "RolloutProgress",
     "RunReport",
+    "SavePretrained",
     "UniGRPOCallback",
 ]

@@ -44,6 +44,9 @@ class UniGRPOCallback(Callback):
     ) -> None:
         """Called while something long runs: text, denoise, reward, reference, update."""
 
+    def on_configure_model(self, trainer: Trainer, module: UniGRPOModule) -> None:
+        """Called when the weights are read, before a checkpoint or a strategy touches them."""
+
     def on_rollout_end(
         self, trainer: Trainer, module: UniGRPOModule, experience: Experience
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ def sample_grid(rows: Mapping[str, Sequence[Trajectory]], *, width: int = 26) ->
     Returns:
         A figure; the caller saves it or hands it to a logger.
     """
+    # A box stands for a letter that the font lacks; saying so for each would bury the run's own lines.
+    warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
     columns = max(len(samples) for samples in rows.values())
     figure = Figure(figsize=(2.1 * columns, 2.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -48,6 +51,7 @@ def _draw(axis: object, sample: Trajectory, width: int) -> None:
 
 def _wrap(text: str, width: int) -> str:
     # matplotlib reads $ as mathematics; a model may well write one.
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     lines = textwrap.wrap(text, width, max_lines=4, placeholder=" …")
     return "\n".join(lines).replace("$", r"\$")
 

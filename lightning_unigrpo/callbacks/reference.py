@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_unigrpo.adapter import Adapter
@@ -52,13 +53,10 @@ class ReferenceVelocity(UniGRPOCallback):
         self._restored: dict[str, Any] | None = None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module: UniGRPOModule = pl_module  # type: ignore[assignment]
-        if (
-            stage == "fit"
-            and module.objective.needs_reference
-            and module.adapter.reference() is None
-        ):
+    def on_configure_model(self, trainer: Trainer, module: UniGRPOModule) -> None:
+        """Take the snapshot: the weights are there, and a checkpoint has not yet replaced them."""
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and module.objective.needs_reference and module.adapter.reference() is None:
             self._snapshot(module.adapter)
 
     @override

@@ -141,7 +141,9 @@ def image_loss_reaches_text(s: Subject) -> Finding | None:
     expected, measured, step = [], [], 1e-3
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        move = [p * torch.randn(p.shape, generator=generator).to(p) for p in live]
+        # Relative to each weight; a factor that starts at 0, as LoRA's second does, moves as well.
+        sizes = [p if p.any() else torch.full_like(p, 0.1) for p in live]
+        move = [p * torch.randn(p.shape, generator=generator).to(p) for p in sizes]
         expected.append(
             float(sum((g.double() * d).sum() for g, d in zip(slopes, move, strict=True)))
         )
