@@ -324,8 +324,10 @@ def test_resizing_for_the_tower() -> None:
 # ---- contexts
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("kind", ["draw", "edit"])
+@pytest.mark.parametrize(
+    ("kind", "rounds"),
+    [("draw", 1), ("draw", 2), ("edit", 1), pytest.param("edit", 2, marks=pytest.mark.slow)],
+)
 def test_contract(folder: Path, kind: str, rounds: int) -> None:
     """Text-to-image and editing, ragged prompts, a size that is not square, one and two rounds."""
     generator = torch.Generator().manual_seed(0)

@@ -83,6 +83,7 @@ def outputs_of_a_fresh_process(folder: Path, dtype: str) -> list[Tensor]:
     return [found[str(i)] for i in range(len(found))]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(folder: Path) -> None:
     """The paper's configuration: five updates in bf16-mixed pass the guard; the result loads anywhere."""
     model = fit("bagel_paper.yaml", steps=5)
@@ -104,7 +105,7 @@ def test_full_fine_tuning(folder: Path) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_lora(folder: Path, dtype: str) -> None:
     """Adapters train, the base does not; what is saved has the adapters added in."""
     model = fit(

@@ -217,9 +217,13 @@ class PackedAttention:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Return ``[B, H, L, D]`` for ``[B, L, H, D]`` and ``[B, S, H_kv, D]``."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    key, value = (_repeat(x, query) for x in (key, value))
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    shares_keys = query.shape[1] != key.shape[1]
+    if shares_keys and query.is_cuda:  # no fused CUDA kernel takes both a mask and fewer key heads
+        key, value = (_repeat(x, query) for x in (key, value))
+        shares_keys = False
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=shares_keys)
 
 
 def _one_block(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
@@ -272,10 +276,7 @@ class CachedAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, S, H_kv, D]
         keys[self.sample, self.slot] = heads.key.to(keys.dtype)
         values[self.sample, self.slot] = heads.value.to(values.dtype)
-        query = heads.query[self.layout.rows].transpose(1, 2)
-        key, value = (
-            _repeat(x[:, : self.total].transpose(1, 2), query).to(query.dtype)
-            for x in (keys, values)
-        )
-        out = scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+        query = heads.query[self.layout.rows]
+        key, value = (x[:, : self.total].to(query.dtype) for x in (keys, values))
+        out = _attend(query, key, value, self.mask)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[self.place]

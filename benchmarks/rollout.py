@@ -1,0 +1,242 @@
+"""How fast Bagel's rollout is: all rows together through a cache, against two slower ways.
+
+In one process, in turn, at two sizes (random weights; speed does not depend on them):
+
+* ``batched``: this project's path: all rows decode and denoise together, contexts are cached;
+* ``one by one``: the same path, a row at a time;
+* ``recomputed``: all rows together, but every token and every denoising step reads its whole context again.
+
+Recomputed text is measured at evenly spread lengths and averaged: 300 tokens of it would take minutes.
+
+    python benchmarks/rollout.py --repeats 3 --out benchmarks/results/rollout.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
+from lightning_unigrpo.types import TextSegment
+
+PROMPT_TOKENS, PROBES, STEPS = 20, 8, 3
+WAYS = ("batched", "one by one", "recomputed")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: a model, and a rollout."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    side: int
+    """Latent pixels per side; a token has 2 x 2."""
+    text_tokens: int
+    rows: int = 8
+
+
+SIZES = (
+    Size("tiny", 64, 192, 3, 4, 4, side=8, text_tokens=24),
+    Size("mid", 512, 1408, 8, 8, 2, side=32, text_tokens=300),
+)
+
+
+class Nothing:
+    """Prompts are ids here."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return none."""
+        return []
+
+    def decode(self, ids: list[int]) -> str:
+        """Return none."""
+        return ""
+
+
+def build(size: Size) -> BagelAdapter:
+    """Return a model of a size with random weights."""
+    config = BagelConfig(
+        vocab_size=4096,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        max_latent_size=size.side // 2,
+        bos=0,
+        eos=1,
+        start_of_image=2,
+        end_of_image=3,
+    )
+    return BagelAdapter(config, Nothing()).eval()
+
+
+class Rollout:
+    """Fixed prompts, reasonings and noise, and the three ways to run them."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device = size, device
+        torch.manual_seed(0)
+        self.adapter = build(size).to(device)
+        shape = (size.rows, PROMPT_TOKENS + size.text_tokens)
+        ids = torch.randint(4, 4096, shape, device=device)
+        self.prompts = [[TextSegment(tokens=row[:PROMPT_TOKENS])] for row in ids]
+        self.words = ids[:, PROMPT_TOKENS:]
+        self.grid = (size.side // 2, size.side // 2)
+        num = self.grid[0] * self.grid[1]
+        self.noise = torch.randn(
+            size.rows, num, self.adapter.latent_channels, generator=torch.Generator().manual_seed(0)
+        ).to(device)
+
+    def timed(self, work: Callable[[], object]) -> float:
+        """Return seconds: of the process on a CPU, of the wall clock behind a GPU."""
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        self._wait()
+        begin = clock()
+        work()
+        self._wait()
+        return clock() - begin
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    # ---- text: seconds per token of one row
+
+    def decode(self, rows: slice) -> None:
+        """Decode the reasoning of some rows through a cache."""
+        words = self.words[rows]
+        cache = self.adapter.prefill(self.prompts[rows])
+        active = torch.ones(len(words), dtype=torch.bool)
+        tokens = None
+        for i in range(self.size.text_tokens):
+            self.adapter.next_logits(cache, tokens, active).argmax(-1)
+            tokens = words[:, i]
+
+    def reread(self, length: int) -> None:
+        """Find the next token of all rows from nothing but ids."""
+        rows = range(self.size.rows)
+        cache = self.adapter.prefill(self.prompts)
+        packer = self.adapter._packer()
+        for b in rows:
+            packer.sample()
+            ids = [self.adapter.config.bos, *self.words[b, :length].tolist()]
+            packer.text(ids, int(cache.positions[b]), last=True)
+        self.adapter._append(cache, packer)[0].argmax(-1)
+
+    def text(self) -> dict[str, float]:
+        """Return tokens per second of the three ways."""
+        size, num = self.size, self.size.rows * self.size.text_tokens
+        whole = slice(None)
+        probes = (
+            torch.linspace(0, size.text_tokens - 1, min(PROBES, size.text_tokens)).long().tolist()
+        )
+        seconds = {
+            "batched": self.timed(lambda: self.decode(whole)),
+            "one by one": self.timed(
+                lambda: [self.decode(slice(b, b + 1)) for b in range(size.rows)]
+            ),
+            "recomputed": self.timed(lambda: [self.reread(n) for n in probes])
+            / len(probes)
+            * size.text_tokens,
+        }
+        return {way: num / value for way, value in seconds.items()}
+
+    # ---- images: denoising steps of one row per second
+
+    def contexts(self) -> list[list[TextSegment]]:
+        """Return prompts with their reasonings."""
+        return [
+            [*prompt, TextSegment(tokens=words)]
+            for prompt, words in zip(self.prompts, self.words, strict=True)
+        ]
+
+    def denoise(self, rows: slice, noise: Tensor, *, again: bool) -> None:
+        """Run some denoising steps behind contexts that are read once, or again for each step."""
+        contexts = self.contexts()[rows]
+        sigma = torch.full((len(contexts),), 0.5, device=self.device)
+        x, cache = noise[rows], self.cached[rows.start or 0] if not again else None
+        for _ in range(STEPS):
+            if again:
+                cache = self.adapter.prefill(contexts)
+            x = x - 0.1 * self.adapter.velocity(cache, x, sigma, self.grid)
+
+    def images(self) -> dict[str, float]:
+        """Return steps per second; reading a context once is the text's business."""
+        rows, whole = range(self.size.rows), slice(None)
+        self.cached = {0: self.adapter.prefill(self.contexts())}
+        seconds = {
+            "batched": self.timed(lambda: self.denoise(whole, self.noise, again=False)),
+            "recomputed": self.timed(lambda: self.denoise(whole, self.noise, again=True)),
+        }
+        self.cached = {b: self.adapter.prefill(self.contexts()[b : b + 1]) for b in rows}
+        seconds["one by one"] = self.timed(
+            lambda: [self.denoise(slice(b, b + 1), self.noise, again=False) for b in rows]
+        )
+        return {way: self.size.rows * STEPS / seconds[way] for way in WAYS}
+
+
+def main() -> None:
+    """Measure both sizes and print rates and ratios."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    record = {}
+    for size in SIZES:
+        rollout = Rollout(size, device)
+        runs = [(rollout.text(), rollout.images()) for _ in range(args.repeats + 1)][1:]
+        found = {
+            part: {way: median(run[i][way] for run in runs) for way in WAYS}
+            for i, part in enumerate(("tokens/s", "steps/s"))
+        }
+        record[size.name] = {"size": asdict(size), **found}
+        report(size, found)
+    if args.out is not None:
+        machine = {"processor": processor(device), "torch": torch.__version__}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": machine, **record}, indent=1)
+        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+def processor(device: torch.device) -> str:
+    """Return the name of what was measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def report(size: Size, found: dict[str, dict[str, float]]) -> None:
+    """Print the rates of one size, and batched against the others."""
+    tokens = (size.side // 2) ** 2
+    title = f"{size.name}: {size.rows} rows, {size.text_tokens} text tokens, {tokens} latent tokens"
+    table = Table(title=title)
+    for column in ("", *WAYS, *(f"batched / {way}" for way in WAYS[1:])):
+        table.add_column(column, justify="right")
+    for part, rates in found.items():
+        ratios = [f"{rates['batched'] / rates[way]:.2f}" for way in WAYS[1:]]
+        table.add_row(part, *(f"{rates[way]:.1f}" for way in WAYS), *ratios)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
