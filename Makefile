@@ -2,7 +2,7 @@ PYTHON ?= python
 # Nothing here needs a network: weights and data come with the packages.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo lint check test test-gpu fix bench bench-digits bench-iteration docs clean
+.PHONY: demo lint check test test-gpu fix bench bench-digits bench-iteration bench-rollout docs clean
 
 demo:  ## train the built-in digits model on the CPU
 	unigrpo fit --config configs/digits.yaml
@@ -25,13 +25,16 @@ fix:  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: bench-digits bench-iteration
+bench: bench-digits bench-iteration bench-rollout
 
 bench-digits:
 	$(PYTHON) benchmarks/digits.py
 
 bench-iteration:
 	$(PYTHON) benchmarks/iteration.py
+
+bench-rollout:
+	$(PYTHON) benchmarks/rollout.py
 
 docs:  ## the pages are plain Markdown: run their examples, find dead links between files
 	$(PYTHON) -m pytest -m "not gpu" --doctest-glob="*.md" README.md $(wildcard docs) lightning_unigrpo

@@ -1,11 +1,12 @@
-"""The only file that talks to other ranks: reductions, gathers, gradient norms.
+"""The only file that talks to other ranks: reductions, gathers, gradient norms, weights of a rollout.
 
 Every function is the identity on a single process, and every rank must call it equally often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -96,3 +97,29 @@ def clip_grad_norms(
         for name, parameters in groups.items()
         if any(p.grad is not None for p in parameters)
     }
+
+
+@contextmanager
+def rollout_weights(net: nn.Module) -> Iterator[None]:
+    """Keep linear layers in the compute dtype while autocast is on: cast once, not at every token.
+
+    The numbers are those of autocast, to the bit: it casts the same weights, but in every call, because
+    its cache must be off where an optimizer steps inside the context. Without autocast nothing happens.
+
+    Args:
+        net: whose weights nobody changes inside the context; they are back afterwards.
+    """
+    kind = next((p.device.type for p in net.parameters()), "cpu")
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    layers = (module for module in net.modules() if isinstance(module, nn.Linear))
+    weights = {p: p.data for layer in layers for p in layer.parameters(recurse=False)}
+    try:
+        for parameter, value in weights.items():
+            parameter.data = value.to(dtype)
+        yield
+    finally:
+        for parameter, value in weights.items():
+            parameter.data = value

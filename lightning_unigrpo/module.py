@@ -201,7 +201,8 @@ class UniGRPOModule(LightningModule):
 
     def _experience(self, starts: Sequence[Start], *, evaluate: bool) -> Experience:
         trajectories: list[Trajectory] = []
-        with RewardRunner(self._rewards) as runner:
+        weights = distributed.rollout_weights(self.adapter.net)
+        with RewardRunner(self._rewards) as runner, weights:
             for chunk in rollout(
                 self.adapter,
                 starts,

@@ -16,6 +16,7 @@ from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.packing import Packer, position_ids
+from lightning_unigrpo.distributed import rollout_weights
 from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
@@ -815,3 +816,28 @@ def test_packer_numbers_latents_behind_words(generator: torch.Generator) -> None
     pack, layout = packer.finish()
     assert layout.rows.tolist() == [[0, 8, 9, 1, 2, 3], [4, 10, 11, 5, 6, 7]]
     assert pack.token_ids.tolist() == [START, END, 1, 2] * 2
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_weights_cast_once_for_a_rollout(generator: torch.Generator, autocast: bool) -> None:
+    """Bit-equal to autocast's own casts, and undone, also when the rollout fails."""
+    adapter = build()
+    before = {name: p.clone() for name, p in adapter.net.named_parameters()}
+    contexts = [[given(n, generator)] for n in (3, 5)]
+    x, sigma = torch.randn(2, 4, C, generator=generator), torch.tensor([0.7, 0.7])
+    active = torch.ones(2, dtype=torch.bool)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        cache = adapter.prefill(contexts)
+        return adapter.next_logits(cache, None, active), adapter.velocity(cache, x, sigma, (2, 2))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        expected = draw()
+        with rollout_weights(adapter.net):
+            kept = adapter.net.language_model.lm_head.weight
+            assert kept.dtype == (torch.bfloat16 if autocast else torch.float32)
+            assert all(torch.equal(a, b) for a, b in zip(draw(), expected, strict=True))
+        with pytest.raises(KeyError), rollout_weights(adapter.net):
+            raise KeyError
+    for name, p in adapter.net.named_parameters():
+        assert torch.equal(p, before[name])
