@@ -57,6 +57,11 @@ class Sampling:
     """Time points of evaluation, always ODE (paper: 50)."""
     eval_temperature: float = 0.0
     """Temperature of evaluation text; 0 = greedy."""
+    eval_top_k: int | None = None
+    """Draw evaluation text from the k most probable tokens only; ``None`` = from all. There is no such
+    setting for training: the log-probabilities would be of another distribution than the one drawn from."""
+    eval_top_p: float = 1.0
+    """Draw evaluation text from the fewest tokens that together have this probability; 1 = from all."""
     guidance_scale: float = 1.0
     """Classifier-free guidance of *evaluation* only; 1 = off. Training never uses guidance."""
     rows_per_chunk: int | None = None
@@ -97,6 +102,14 @@ class Sampling:
                 f"sampling.{name} is {getattr(self, name)}, which leaves no step with "
                 f"sampling.schedule '{self.schedule}'; raise sampling.{name}.",
             )
+        _require(
+            self.eval_top_k is None or self.eval_top_k >= 1,
+            f"sampling.eval_top_k is {self.eval_top_k}; give 1 or more, or leave it out.",
+        )
+        _require(
+            0 < self.eval_top_p <= 1,
+            f"sampling.eval_top_p is {self.eval_top_p}; it is a probability, above 0.",
+        )
         if "image" in self.plan:
             self._check_window()
         _require(

@@ -100,6 +100,25 @@ def draw_tokens(
     return tokens, token_log_probs(logits, tokens, temperature=temperature)[0]
 
 
+def restrict(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Make all but the most probable tokens impossible; for evaluation.
+
+    Args:
+        logits: ``[B, V]``, tempered.
+        top_k: how many tokens stay; ``None`` = all.
+        top_p: probability that those that stay have together; 1 = all.
+
+    Returns:
+        ``[B, V]`` with -inf at the others.
+    """
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    ids: Any = None  # what was drawn before does not matter to either
+    if top_k is not None:
+        logits = TopKLogitsWarper(top_k)(ids, logits)
+    return TopPLogitsWarper(top_p)(ids, logits) if top_p < 1 else logits
+
+
 def sample_text(
     adapter: Adapter,
     cache: Cache,
@@ -107,6 +126,8 @@ def sample_text(
     *,
     max_tokens: int,
     temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     progress: Progress | None = None,
 ) -> list[TextSegment]:
     """Decode one text in every row until its stop token or the length limit.
@@ -117,12 +138,14 @@ def sample_text(
         uniforms: ``[B, max_tokens]`` in [0, 1); ``None`` decodes greedily.
         max_tokens: length limit, stop token included.
         temperature: of the draws, > 0.
+        top_k: tokens to choose from, for evaluation; log-probabilities are then of these only.
+        top_p: likewise, the probability they have together.
         progress: told the number of tokens decoded so far.
 
     Returns:
         B sampled segments.
     """
-    active = torch.ones(len(cache), dtype=torch.bool)
+    active, limited = torch.ones(len(cache), dtype=torch.bool), top_k is not None or top_p < 1
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     lengths = torch.zeros(len(cache), dtype=torch.long)
@@ -130,7 +153,8 @@ def sample_text(
     active, lengths = active.to(logits.device), lengths.to(logits.device)
     for i in range(max_tokens):
         u = None if uniforms is None else uniforms[:, i].to(logits.device)
-        token, log_prob = draw_tokens(logits, u, temperature)
+        tempered = restrict(logits / temperature, top_k, top_p) if limited else logits
+        token, log_prob = draw_tokens(tempered, u, 1.0 if limited else temperature)
         tokens.append(token)
         log_probs.append(log_prob)
         lengths += active
@@ -381,6 +405,8 @@ class _Chunk:
             None if greedy else self.draws.uniforms(self.starts, place, s.max_text_tokens),
             max_tokens=s.max_text_tokens,
             temperature=1.0 if greedy else temperature,
+            top_k=s.eval_top_k if self.evaluate else None,
+            top_p=s.eval_top_p if self.evaluate else 1.0,
             progress=self.progress,
         )
 

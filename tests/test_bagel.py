@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
+from lightning_unigrpo.adapters.bagel.guidance import Guidance
 from lightning_unigrpo.adapters.bagel.packing import Packer, position_ids
 from lightning_unigrpo.distributed import rollout_weights
 from lightning_unigrpo.types import (
@@ -841,3 +842,16 @@ def test_weights_cast_once_for_a_rollout(generator: torch.Generator, autocast: b
             raise KeyError
     for name, p in adapter.net.named_parameters():
         assert torch.equal(p, before[name])
+
+
+def test_guidance_interval_leaves_its_lower_end_out(generator: torch.Generator) -> None:
+    """``low < sigma <= high``, both to the bit."""
+    adapter = build(guide=Guidance(interval=(0.25, 0.75)))
+    contexts: list[list[Segment]] = [[given(3, generator)]]
+    cache, twin = adapter.prefill(contexts), adapter.guidance(contexts)
+    x = torch.randn(1, 4, C, generator=generator)
+    for sigma, acts in ((0.25, False), (0.2500001, True), (0.75, True), (0.7500001, False)):
+        level = torch.tensor([sigma])
+        plain = adapter.velocity(cache, x, level, (2, 2))
+        found = adapter.guided_velocity(cache, twin, x, level, (2, 2), scale=4.0)
+        assert torch.equal(found, plain) is not acts

@@ -11,7 +11,7 @@ import torch
 
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.flow import sigma_schedule
-from lightning_unigrpo.rollout import Draws, Start, draw_tokens, rollout
+from lightning_unigrpo.rollout import Draws, Start, draw_tokens, restrict, rollout
 from lightning_unigrpo.types import ImageSegment, Prompt, TextSegment, TokenImageSegment, Trajectory
 from tests.toys import ToyFlow, ToyMasked, ToyTokens
 
@@ -160,3 +160,36 @@ def test_discrete_images_reveal_every_position_once() -> None:
             counts = torch.bincount(image.step)
             assert int(counts.min()) >= 1
             assert int(counts.sum()) == len(image.tokens)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (None, 0.7), (4, 0.5), (100, 0.999999)])
+def test_restricted_draws_follow_the_renormalised_distribution(
+    top_k: int | None, top_p: float
+) -> None:
+    """Against the definition: the k largest, then the fewest of them that reach p, renormalised."""
+    logits = torch.randn(6, 12, generator=torch.Generator().manual_seed(0)) * 2
+    found = restrict(logits, top_k, top_p).softmax(-1)
+    for row, got in zip(logits.double().softmax(-1), found, strict=True):
+        order = row.argsort(descending=True)[:top_k]
+        kept = row[order] / row[order].sum()
+        if top_p < 1:
+            order = order[: int((kept.cumsum(0) < top_p).sum()) + 1]
+        expected = torch.zeros_like(row)
+        expected[order] = row[order] / row[order].sum()
+        torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_only_evaluation_is_restricted() -> None:
+    """With one token to choose from, evaluation is greedy and training is as before."""
+    free, one = SAMPLING, replace(SAMPLING, eval_temperature=1.0, eval_top_k=1)
+    for a, b in zip(draw(ToyFlow(), starts(), free), draw(ToyFlow(), starts(), one), strict=True):
+        same(a, b, 0)
+    greedy = draw(ToyFlow(), starts(), free, evaluate=True)
+    for a, b in zip(greedy, draw(ToyFlow(), starts(), one, evaluate=True), strict=True):
+        assert a.completion == b.completion
+
+
+@pytest.mark.parametrize("wrong", [{"eval_top_k": 0}, {"eval_top_p": 0.0}, {"eval_top_p": 1.5}])
+def test_restrictions_without_meaning_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"sampling.{next(iter(wrong))}"):
+        replace(SAMPLING, **wrong)
