@@ -52,12 +52,12 @@ CONFIG = BagelConfig(
 """The marks' ids are the tokenizer's."""
 
 
-def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+def weights(config: BagelConfig = CONFIG) -> dict[str, torch.Tensor]:
     """Return every tensor of the language model, bridges and tower, none of them neutral."""
-    assert CONFIG.vision is not None
+    assert config.vision is not None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = [BagelNet(CONFIG), BagelVision(CONFIG.vision, CONFIG.hidden_size)]
+        torch.manual_seed(0)
+        parts = [BagelNet(config), BagelVision(config.vision, config.hidden_size)]
         state = {name: value for part in parts for name, value in part.state_dict().items()}
         return {
             name: value + 0.1 * torch.randn_like(value) if value.ndim == 1 else value.clone()
@@ -74,23 +74,26 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_checkpoint(folder: Path, *, shards: int = 1, **llm: Any) -> Path:
+def write_checkpoint(
+    folder: Path, *, shards: int = 1, config: BagelConfig = CONFIG, **llm: Any
+) -> Path:
     """Write a tiny checkpoint as the release lays it out.
 
     Args:
         folder: where to.
         shards: number of files for the weights; more than one get an index.
+        config: sizes.
         llm: changes of ``llm_config.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    assert CONFIG.vision is not None
+    assert config.vision is not None
     # The ids in the release's file are not the ones that are used.
-    llm_config = CONFIG.to_upstream() | {"bos_token_id": 1, "eos_token_id": 2} | llm
+    llm_config = config.to_upstream() | {"bos_token_id": 1, "eos_token_id": 2} | llm
     (folder / "llm_config.json").write_text(json.dumps(llm_config))
-    (folder / "vit_config.json").write_text(json.dumps(CONFIG.vision.to_upstream()))
+    (folder / "vit_config.json").write_text(json.dumps(config.vision.to_upstream()))
     write_tokenizer(folder)
     save_file(load_file(golden_folder("bagel") / "ae.safetensors"), folder / "ae.safetensors")
-    state = weights()
+    state = weights(config)
     if shards == 1:
         save_file(state, folder / "ema.safetensors")
         return folder

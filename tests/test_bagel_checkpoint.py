@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -502,3 +505,18 @@ def test_llm_config_written_by_transformers_5(tmp_path: Path) -> None:
     config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
     path.write_text(json.dumps(config))
     assert BagelAdapter.from_pretrained(tmp_path).config.rope_theta == CONFIG.rope_theta
+
+
+@pytest.mark.slow
+def test_a_rank_never_holds_the_model_twice(tmp_path: Path) -> None:
+    """Two ranks read 100 MB: at most one tensor (and its pages of the file) above what each keeps."""
+    config = replace(CONFIG, hidden_size=256, intermediate_size=1024, num_hidden_layers=10)
+    folder = write_checkpoint(tmp_path / "large", config=config)
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "tests.materialize", str(folder), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=root, timeout=120)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["kept"] > 80e6
+        # The allocator's slack is a few per cent; another copy of the model would be 100.
+        assert found["peak"] <= found["kept"] + 2 * found["largest"] + 8e6

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +249,10 @@ class Checkpoint:
             ValueError: when the file holds another model.
         """
         expected = vae.state_dict()
-        state = {names[name]: tensor for name, tensor in read_tensors(self.autoencoder)}
+        state = {
+            names[name]: tensor.to(torch.float32, copy=True)
+            for name, tensor in read_tensors(self.autoencoder)
+        }
         for name, value in state.items():
             if name in expected and value.numel() == expected[name].numel():
                 state[name] = value.reshape(
@@ -268,7 +270,7 @@ class Checkpoint:
                 f"{self.folder / AUTOENCODER} is not the autoencoder of FLUX.1's shape: {len(wrong)} tensors "
                 f"differ, {', '.join(wrong[:4])} ..."
             )
-        vae.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        vae.load_state_dict(state, assign=True)
 
 
 def _set(module: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
@@ -316,13 +318,13 @@ def read_header(path: Path) -> dict[str, TensorFile]:
 
 
 def read_tensors(files: Mapping[str, TensorFile]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors; a file stays open, and its pages in memory, only while they are taken from it."""
-    for path, names in groupby(
-        sorted(files, key=lambda n: (files[n].path, n)), lambda n: files[n].path
-    ):
-        with safe_open(path, "pt") as file:
-            for name in names:
-                yield name, file.get_tensor(name)
+    """Yield tensors, whose pages stay in memory until the next one only.
+
+    Each is a view of the mapped file: a file that stayed open would come to hold all of it.
+    """
+    for name, tensor in files.items():
+        with safe_open(tensor.path, "pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
