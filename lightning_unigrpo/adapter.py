@@ -11,12 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
     Defaults,
     Grid,
@@ -56,6 +58,19 @@ class ImageLogits(NamedTuple):
     """``[B, M]`` int64, which of the N positions they are."""
     num_revealed: int
     """How many of the M are kept, the most confident first (autoregressive: M = 1 of 1)."""
+
+
+class Footprint(NamedTuple):
+    """Bytes per trajectory."""
+
+    cache: int
+    """Keys and values at the end of a rollout."""
+    activations: int
+    """What a forward keeps for its backward."""
+
+
+SIZES_ONLY: ContextVar[bool] = ContextVar("SIZES_ONLY", default=False)
+"""Set while ``unigrpo estimate`` builds an adapter: it needs sizes, and no files that can do without."""
 
 
 class Adapter(nn.Module, ABC):
@@ -206,6 +221,19 @@ class Adapter(nn.Module, ABC):
             trajectories: any number, ragged, with any interleaving of segments.
             steps: which of the K window steps to score (a slice of ``range(K)``).
         """
+
+    def footprint(self, sampling: Sampling, *, prompt_tokens: int, dtype: torch.dtype) -> Footprint:
+        """Return the bytes that sampling and learning need per trajectory; for ``unigrpo estimate``.
+
+        Args:
+            sampling: plan, lengths, window.
+            prompt_tokens: words of a request.
+            dtype: of computation.
+
+        Raises:
+            NotImplementedError: when the adapter does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no footprint(...).")
 
     # ---- what strategies and optimizers need to know
 

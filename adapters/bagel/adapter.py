@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_unigrpo.adapter import Adapter, token_log_probs
+from lightning_unigrpo.adapter import Adapter, Footprint, token_log_probs
 from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
 from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
 from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
 from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, has_lora, lora_off
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
+from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
@@ -498,6 +500,28 @@ class BagelAdapter(Adapter):
             packer.seen(segment, position)
             position += 1
         return position
+
+    def footprint(self, sampling: Sampling, *, prompt_tokens: int, dtype: torch.dtype) -> Footprint:
+        """Return the bytes per trajectory, for images of the default size."""
+        given = prompt_tokens + MARKS
+        if self.system_prompt:  # about four letters to a token
+            given += len(self.system_prompt) // 4 + MARKS
+        side = self.config.pixels_per_token
+        height, width = self.default_size
+        patches = 0
+        if self.vision is not None:
+            rule = patch_resize(self.vision.config)
+            rows, columns = rule.fit(height, width)
+            patches = (rows // rule.stride) * (columns // rule.stride)
+        return footprint(
+            self.config,
+            sampling,
+            given_tokens=given,
+            image_tokens=(height // side) * (width // side),
+            patches=patches,
+            gradient_checkpointing=self.net.gradient_checkpointing,
+            dtype=dtype,
+        )
 
     # ---- strategies and optimizers
 

@@ -99,6 +99,28 @@ class Layout:
         return mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding sees itself
 
 
+class Mask:
+    """A mask in the form that attention adds, made once: torch would make and keep one per layer.
+
+    Args:
+        visible: ``[B, 1, Q, S]`` bool, True where a query sees a key.
+    """
+
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible
+        self._added: Tensor | None = None
+
+    def __call__(self, query: Tensor) -> Tensor:
+        """Return 0 and -inf ``[B, 1, Q, S]`` in the dtype that attention will run in."""
+        kind, dtype = query.device.type, query.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if self._added is None or self._added.dtype != dtype:
+            zeros = torch.zeros(self.visible.shape, dtype=dtype, device=query.device)
+            self._added = zeros.masked_fill_(~self.visible, -torch.inf)
+        return self._added
+
+
 class PackedAttention:
     """Attention of whole samples in one differentiable pass.
 
@@ -159,12 +181,12 @@ class PackedAttention:
             owner += [number] * (len(noise) - len(owner))
         self.context = Layout.build([context for _, context in contexts.values()], device)
         self.noise = Layout.build(noise, device)
-        self.context_mask = self.context.visible().unsqueeze(1)
+        self.context_mask = Mask(self.context.visible().unsqueeze(1))
         order = torch.arange(self.context.rows.shape[1], device=device)
         past = order < torch.tensor(seen, device=device).unsqueeze(1)
         own = self.noise.visible()
         past = past.unsqueeze(1).expand(-1, own.shape[1], -1)
-        self.noise_mask = torch.cat([past, own], 2).unsqueeze(1)  # [U, 1, Q, S]
+        self.noise_mask = Mask(torch.cat([past, own], 2).unsqueeze(1))  # [U, 1, Q, S]
         outside = self.context.rows[torch.tensor(owner, dtype=torch.long, device=device)]
         inside = self.noise.rows + (num_rows if self.detach_context else 0)
         self.noise_keys = torch.cat([outside, inside], 1)  # [U, S]
@@ -174,8 +196,7 @@ class PackedAttention:
         if self.dense:
             parts = self._dense(*heads)
         else:
-            query, key, value = (x[self.layout.rows].transpose(1, 2) for x in heads)
-            parts = [self._by_block(query, _repeat(key, query), _repeat(value, query))]
+            parts = [self._by_block(*(x[self.layout.rows].transpose(1, 2) for x in heads))]
         flat = [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts if part.numel()]
         return torch.cat(flat)[self.place] if flat else heads.query.flatten(1)
 
@@ -184,12 +205,14 @@ class PackedAttention:
         out = []
         if self.context.rows.numel():
             rows = self.context.rows
-            out.append(_attend(query[rows], key[rows], value[rows], self.context_mask))
+            q, k, v = (x[rows].transpose(1, 2) for x in (query, key, value))
+            out.append(_attend(q, k, v, self.context_mask(q)))
         if self.noise.rows.numel():
             if self.detach_context:  # rows M to 2M keep their gradient: a noise block's own
                 key, value = (torch.cat([x.detach(), x]) for x in (key, value))
-            rows, keys = self.noise.rows, self.noise_keys
-            out.append(_attend(query[rows], key[keys], value[keys], self.noise_mask))
+            keys = self.noise_keys
+            q, k, v = (x.transpose(1, 2) for x in (query[self.noise.rows], key[keys], value[keys]))
+            out.append(_attend(q, k, v, self.noise_mask(q)))
         return out
 
     def _by_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -200,38 +223,38 @@ class PackedAttention:
             for kind, rows in blocks:
                 here = slice(at, at + len(rows))
                 at += len(rows)
-                past = [self._context(x[b], seen, kind) for x in (key, value)]
+                past = [self._context(x[b : b + 1], seen, kind) for x in (key, value)]
                 k, v = (
-                    torch.cat([*p, x[b, :, here]], 1)
+                    torch.cat([*p, x[b : b + 1, :, here]], 2)
                     for p, x in zip(past, (key, value), strict=True)
                 )
-                out[b, :, here] = _one_block(query[b, :, here], k, v, causal=kind == Kind.CAUSAL)
+                mask = None
+                if kind == Kind.CAUSAL:
+                    size, total = len(rows), k.shape[2]
+                    ones = torch.ones(size, total, dtype=torch.bool, device=k.device)
+                    mask = ones.tril(total - size)
+                out[b, :, here] = _attend(query[b : b + 1, :, here], k, v, mask)[0]
                 if kind != Kind.NOISE:
                     seen.append(here)
         return out
 
     def _context(self, x: Tensor, seen: list[slice], kind: Kind) -> list[Tensor]:
-        parts = [x[:, where] for where in seen]
+        parts = [x[:, :, where] for where in seen]
         cut = self.detach_context and kind == Kind.NOISE
         return [part.detach() for part in parts] if cut else parts
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Return ``[B, H, L, D]`` for ``[B, L, H, D]`` and ``[B, S, H_kv, D]``."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``[B, H, L, D]`` for ``[B, H, L, D]`` and ``[B, H_kv, S, D]``.
+
+    Always with a batch: without one torch takes the kernel that keeps the matrix of probabilities.
+    """
     shares_keys = query.shape[1] != key.shape[1]
-    if shares_keys and query.is_cuda:  # no fused CUDA kernel takes both a mask and fewer key heads
+    if shares_keys and query.is_cuda and mask is not None:
+        # No fused CUDA kernel takes both a mask and fewer key heads.
         key, value = (_repeat(x, query) for x in (key, value))
         shares_keys = False
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=shares_keys)
-
-
-def _one_block(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
-    mask = None
-    if causal:
-        size, total = query.shape[1], key.shape[1]
-        mask = torch.ones(size, total, dtype=torch.bool, device=query.device).tril(total - size)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def _repeat(x: Tensor, query: Tensor) -> Tensor:
@@ -263,7 +286,7 @@ class CachedAttention:
         self.total = int(slots.max()) + 1 if slots.numel() else 0
         keys = torch.arange(self.total, device=slots.device)
         # At least one visible key, so that the softmax of padding is finite.
-        self.mask = (keys < reach.clamp_min(1).unsqueeze(2)).unsqueeze(1)  # [B, 1, Q, S]
+        self.mask = Mask((keys < reach.clamp_min(1).unsqueeze(2)).unsqueeze(1))  # [B, 1, Q, S]
         places = layout.valid.flatten().nonzero().squeeze(1)
         self.place = torch.empty_like(places)  # per flat row
         self.place[layout.rows.flatten()[places]] = places
@@ -276,7 +299,7 @@ class CachedAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, S, H_kv, D]
         keys[self.sample, self.slot] = heads.key.to(keys.dtype)
         values[self.sample, self.slot] = heads.value.to(values.dtype)
-        query = heads.query[self.layout.rows]
-        key, value = (x[:, : self.total].to(query.dtype) for x in (keys, values))
-        out = _attend(query, key, value, self.mask)
+        query = heads.query[self.layout.rows].transpose(1, 2)
+        key, value = (x[:, : self.total].transpose(1, 2).to(query.dtype) for x in (keys, values))
+        out = _attend(query, key, value, self.mask(query))
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[self.place]
