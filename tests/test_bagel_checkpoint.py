@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, BagelNet
+from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelNet
 from lightning_unigrpo.adapters.bagel import checkpoint as files
-from lightning_unigrpo.adapters.bagel.config import VisionConfig
+from lightning_unigrpo.adapters.bagel.config import RELEASES
 from lightning_unigrpo.adapters.bagel.images import Resize, latent_resize, patch_resize
+from lightning_unigrpo.adapters.bagel.pretrained import released
 from lightning_unigrpo.adapters.bagel.tokenizer import BagelTokenizer
 from lightning_unigrpo.adapters.bagel.vae import build_vae, vae_names
 from lightning_unigrpo.adapters.bagel.vision import BagelVision
@@ -179,21 +180,7 @@ def test_tokenizer_is_real(folder: Path) -> None:
 # ---- the real sizes
 
 
-RELEASE = BagelConfig(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    bos=151644,
-    eos=151645,
-    start_of_image=151652,
-    end_of_image=151653,
-    vision=VisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16
-    ),
-)
+RELEASE = RELEASES["ByteDance-Seed/BAGEL-7B-MoT"]
 
 
 def release_names() -> dict[str, tuple[int, ...]]:
@@ -267,16 +254,7 @@ def test_the_release_has_these_tensors() -> None:
 
 def test_the_release_has_this_autoencoder() -> None:
     """FLUX.1's sizes, found from the shapes of a few of its tensors."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.conv_in.weight": (128, 3, 3, 3),
-        "decoder.conv_out.weight": (3, 128, 3, 3),
-        "decoder.conv_in.weight": (512, 16, 3, 3),
-    }
-    for i, channels in enumerate((128, 256, 512, 512)):
-        for k in range(2):
-            shapes[f"encoder.down.{i}.block.{k}.conv2.weight"] = (channels, channels, 3, 3)
-    with torch.device("meta"):
-        vae = build_vae(shapes)
+    vae = released("ByteDance-Seed/BAGEL-7B-MoT", torch.float32, vision=False).vae.vae
     assert len(vae.state_dict()) == 244
     assert sum(p.numel() for p in vae.parameters()) == 83_819_683
 

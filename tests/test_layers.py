@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rollout", "loss"),
     ("guard", "callbacks", "data"),
     ("module",),
+    ("estimate",),
     ("cli",),
 )
 LEAVES = {"adapters": 2, "rewards": 2, "testing": 3}

@@ -168,3 +168,23 @@ class BagelConfig:
             **{name: getattr(self, name) for name in LLM_FIELDS},
             "rope_theta": self.rope_theta,
         }
+
+
+RELEASES = {
+    "ByteDance-Seed/BAGEL-7B-MoT": BagelConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        bos=151644,
+        eos=151645,
+        start_of_image=151652,
+        end_of_image=151653,
+        vision=VisionConfig(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16
+        ),
+    )
+}
+"""Sizes of published models, for estimates without their files."""

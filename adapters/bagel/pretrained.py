@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
+from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.bagel.checkpoint import (
     AUTOENCODER,
     DTYPES,
@@ -24,7 +25,7 @@ from lightning_unigrpo.adapters.bagel.checkpoint import (
     find_folder,
     read_tensors,
 )
-from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.config import RELEASES, BagelConfig
 from lightning_unigrpo.adapters.bagel.lora import merged_state
 from lightning_unigrpo.adapters.bagel.network import BagelNet
 from lightning_unigrpo.adapters.bagel.tokenizer import BagelTokenizer
@@ -61,6 +62,8 @@ def open_checkpoint(
     """
     if dtype not in DTYPES:
         raise ValueError(f"adapter.dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
+    if SIZES_ONLY.get() and str(source) in RELEASES:
+        return released(str(source), DTYPES[dtype], vision=vision)
     checkpoint = Checkpoint(find_folder(source, revision=revision))
     tokenizer = BagelTokenizer.from_folder(checkpoint.folder)
     vision = vision and checkpoint.has_vision
@@ -102,21 +105,55 @@ UNTRAINED = (
 """Files that are copied as they were: upstream's older libraries could not read them written anew."""
 
 
+def released(name: str, dtype: torch.dtype, *, vision: bool) -> Source:
+    """Return the parts of a published model without any of its files."""
+    config = RELEASES[name] if vision else replace(RELEASES[name], vision=None)
+    channels = (128, 256, 512, 512)
+    with torch.device("meta"):
+        net = BagelNet(config)
+        tower = BagelVision(config.vision, config.hidden_size) if config.vision else None
+        vae = build_vae(
+            {
+                "encoder.conv_in.weight": (channels[0], 3, 3, 3),
+                "decoder.conv_in.weight": (channels[-1], config.z_channels, 3, 3),
+                "decoder.conv_out.weight": (3, channels[0], 3, 3),
+                **{
+                    f"encoder.down.{i}.block.{k}.conv2.weight": (c, c, 3, 3)
+                    for i, c in enumerate(channels)
+                    for k in range(2)
+                },
+            }
+        )
+    return Source(
+        checkpoint=None,
+        dtype=dtype,
+        config=config,
+        tokenizer=None,
+        net=net,
+        vision=tower,
+        vae=BagelVAE(vae, config.latent_patch_size),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
     """A checkpoint that was opened: what an adapter is built from, and where its weights are."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """``None`` while sizes are only estimated."""
     dtype: torch.dtype
     """Of the network's weights; the frozen parts are float32."""
     config: BagelConfig
-    tokenizer: BagelTokenizer
+    tokenizer: Any
     net: BagelNet
     vision: BagelVision | None
     vae: BagelVAE
 
     def fill(self, adapter: BagelAdapter) -> None:
-        """Load the weights of networks that are on the meta device, unit by unit."""
+        """Load the weights of networks that are on the meta device, tensor by tensor."""
+        if SIZES_ONLY.get() or self.checkpoint is None:
+            adapter.net.to(self.dtype)
+            return
         device = torch.get_default_device()
         for unit in (adapter.net, adapter.vision):
             if unit is not None and any(p.is_meta for p in unit.parameters()):
@@ -140,7 +177,7 @@ def save_pretrained(adapter: BagelAdapter, folder: str | Path) -> None:
     Raises:
         ValueError: when the adapter did not come from a checkpoint: nothing to copy the autoencoder from.
     """
-    if adapter.source is None:
+    if adapter.source is None or adapter.source.checkpoint is None:
         raise ValueError(
             "save_pretrained writes what from_pretrained read; this adapter was built otherwise."
         )
