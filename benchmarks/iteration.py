@@ -128,7 +128,7 @@ def draw(
         ),
     )
     if not variant.cached_text:  # the cache has seen none of it: append the texts whole
-        cache.open = [0] * len(starts)
+        cache.open.zero_()
     clock(parts, "text", lambda: adapter.extend(cache, texts))
     contexts = [[*g, t] for g, t in zip(given, texts, strict=True)]
     policy = adapter if variant.cached_context else Recomputed(adapter, contexts)

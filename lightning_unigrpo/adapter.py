@@ -43,6 +43,10 @@ class Cache(ABC):
     def select(self: C, rows: Tensor) -> C:
         """Return a new cache with the rows ``[n]`` (int64, any order, repeats allowed)."""
 
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many more tokens in every row, where that saves moving; nothing by default."""
+        return
+
     def expand(self, counts: Sequence[int]) -> Self:
         """Return a new cache in which row b stands ``counts[b]`` times, in order."""
         repeats = torch.as_tensor(counts)
@@ -94,6 +98,8 @@ class Adapter(nn.Module, ABC):
     """C of the latent tokens (continuous images)."""
     image_policy: ClassVar[Literal["flow", "tokens"]] = "flow"
     """Whether images are continuous latents or discrete codes."""
+    mixes_dtypes: bool = False
+    """Whether ``net`` will hold weights of more than one dtype, which FSDP cannot shard; FSDP2 can."""
 
     # ---- from the user's request to given segments, and back to words and pixels
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor, nn
 
 
@@ -97,6 +98,20 @@ def clip_grad_norms(
         for name, parameters in groups.items()
         if any(p.grad is not None for p in parameters)
     }
+
+
+def require_one_dtype(strategy: Strategy) -> None:
+    """Refuse FSDP for a network of several dtypes, before anything is loaded.
+
+    Raises:
+        ValueError: saying what to use instead.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy is FSDP, which flattens the weights of a block into one tensor of one dtype, "
+            "but the adapter trains float32 LoRA weights on a base of another. Set trainer.strategy to ddp "
+            "or to ModelParallelStrategy (FSDP2), or adapter.dtype to float32."
+        )
 
 
 @contextmanager

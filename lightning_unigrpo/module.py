@@ -137,6 +137,8 @@ class UniGRPOModule(LightningModule):
     @override
     def configure_model(self) -> None:
         """Read the weights and freeze what will not be trained, before a strategy looks at it."""
+        if self.adapter.mixes_dtypes:
+            distributed.require_one_dtype(self.trainer.strategy)
         self.adapter.materialize()
         for module in self.adapter.frozen_modules():  # no strategy moves what is not registered
             module.to(self.trainer.strategy.root_device).eval().requires_grad_(False)
@@ -157,10 +159,13 @@ class UniGRPOModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = self._trainable()
+        for name, parameters in groups.items():
+            warn_if_rounded_away(name, parameters, self._learning_rate(name))
         optimizer = torch.optim.AdamW(
             [
                 {"params": parameters, "lr": self._learning_rate(name), "name": name}
-                for name, parameters in self._trainable().items()
+                for name, parameters in groups.items()
             ],
             betas=self.optim.betas,
             weight_decay=0.0,  # a decayed expert would drift without a reward ever asking for it
@@ -191,6 +196,7 @@ class UniGRPOModule(LightningModule):
             world_size=distributed.world_size(),
         )
         self.adapter.eval()
+        self.adapter.net.zero_grad(set_to_none=True)  # the caches need the memory
         experience = self._experience(starts, evaluate=False)
         self._call("on_rollout_end", experience)
         self.adapter.train()
@@ -438,6 +444,33 @@ def _seeded(sampling: Sampling) -> Sampling:
     if sampling.seed is not None:
         return sampling
     return replace(sampling, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))
+
+
+@torch.no_grad()
+def warn_if_rounded_away(name: str, parameters: Sequence[nn.Parameter], step: float) -> None:
+    """Warn when most weights of a reduced precision stay as they are after a step.
+
+    AdamW moves each weight by about its learning rate; bfloat16 has 8 significant bits, so
+    ``w + 1e-6 == w`` from ``|w| = 5e-4`` on.
+
+    Args:
+        name: of the parameter group.
+        parameters: its weights; the first 65,536 numbers of each are looked at.
+        step: learning rate.
+    """
+    stuck = total = 0
+    for parameter in parameters:
+        if torch.finfo(parameter.dtype).bits < 32:
+            part = parameter.detach().flatten()[: 1 << 16]
+            stuck += int(((part.float() + step).to(part.dtype) == part).sum())
+            total += len(part)
+    if stuck > total / 2:
+        warnings.warn(
+            f"{stuck / total:.0%} of the weights in group {name!r} are {parameters[0].dtype} and too large "
+            f"to change by optim.{name}_lr = {step:g}: they will not train. Keep float32 weights "
+            "(adapter.dtype: float32, trainer.precision: bf16-mixed), or raise the rate.",
+            stacklevel=2,
+        )
 
 
 def evaluation_values(experience: Experience, objective: Objective) -> dict[str, Tensor]:

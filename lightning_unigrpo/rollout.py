@@ -149,6 +149,7 @@ def sample_text(
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     lengths = torch.zeros(len(cache), dtype=torch.long)
+    cache.reserve(max_tokens + 2)  # and the marks that open and close it
     logits = adapter.next_logits(cache, None, active)
     active, lengths = active.to(logits.device), lengths.to(logits.device)
     for i in range(max_tokens):

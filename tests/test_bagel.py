@@ -161,7 +161,7 @@ def visible(cache: BagelCache) -> list[list[Tensor]]:
 def assert_same_cache(one: BagelCache, other: BagelCache, *, atol: float) -> None:
     assert torch.equal(one.lengths, other.lengths)
     assert torch.equal(one.positions, other.positions)
-    assert one.open == other.open
+    assert torch.equal(one.open, other.open)
     for a, b in zip(visible(one), visible(other), strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, atol=atol, rtol=0)
@@ -389,9 +389,9 @@ def test_decoded_text_is_completed_not_repeated(
     cache = adapter.prefill(start)
     for part in (texts, again):
         decode_into(adapter, cache, part)
-        assert cache.open == [len(text.tokens) for text in part]
+        assert cache.open.tolist() == [len(text.tokens) for text in part]
         adapter.extend(cache, part)
-        assert cache.open == [0, 0, 0]
+        assert cache.open.tolist() == [0, 0, 0]
     whole = adapter.prefill([[*c, a, b] for c, a, b in zip(start, texts, again, strict=True)])
     assert_same_cache(cache, whole, atol=ATOL)
 
@@ -402,7 +402,7 @@ def test_inactive_rows_are_untouched(adapter: BagelAdapter, generator: torch.Gen
     adapter.next_logits(cache, None, torch.ones(3, dtype=torch.bool))
     capacity = cache.keys[0].shape[1]
     before, lengths = visible(cache), cache.lengths.clone()
-    positions, opened = cache.positions.clone(), list(cache.open)
+    positions, opened = cache.positions.clone(), cache.open.tolist()
     active = torch.tensor([False, True, False])
     for _ in range(capacity):
         logits = adapter.next_logits(cache, torch.tensor([1, 2, 3]), active)
@@ -496,7 +496,7 @@ def test_select_and_expand_copy(adapter: BagelAdapter, generator: torch.Generato
     adapter.next_logits(cache, None, torch.tensor([True, False, True]))
     before = visible(cache)
     chosen = cache.select(torch.tensor([2, 0, 0]))
-    assert (len(chosen), chosen.open) == (3, [1, 1, 1])
+    assert (len(chosen), chosen.open.tolist()) == (3, [1, 1, 1])
     for a, b in zip(visible(chosen), [before[2], before[0], before[0]], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     expanded = cache.expand([1, 0, 2])
@@ -506,7 +506,7 @@ def test_select_and_expand_copy(adapter: BagelAdapter, generator: torch.Generato
     adapter.velocity(expanded, torch.randn(3, 4, C), torch.ones(3), (2, 2))
     for a, b in zip(before, visible(cache), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert cache.open == [1, 0, 1]
+    assert cache.open.tolist() == [1, 0, 1]
 
 
 def test_a_dropped_cache_is_freed_at_once(
@@ -523,6 +523,22 @@ def test_a_dropped_cache_is_freed_at_once(
         assert left() is None
     finally:
         gc.enable()
+
+
+def test_reserved_room_is_exact_and_never_moved(
+    adapter: BagelAdapter, generator: torch.Generator
+) -> None:
+    """As many slots as a text may take, and the same memory until it ends."""
+    cache = adapter.prefill([[given(n, generator)] for n in (2, 6)])
+    cache.reserve(22)
+    place = [x.data_ptr() for x in (*cache.keys, *cache.values)]
+    assert cache.keys[0].shape[1] == 8 + 22
+    texts = [written(20, generator, stopped=False), written(3, generator)]
+    decode_into(adapter, cache, texts)
+    adapter.extend(cache, texts)
+    assert [x.data_ptr() for x in (*cache.keys, *cache.values)] == place
+    assert cache.lengths.tolist() == [4 + 22, 8 + 4]  # with both marks; with the mark that opens
+    assert cache.longest == 26
 
 
 def test_capacity_doubles(adapter: BagelAdapter, generator: torch.Generator) -> None:
@@ -780,10 +796,27 @@ def test_param_groups_split_by_expert(adapter: BagelAdapter) -> None:
 
 
 def test_bridges_can_be_frozen() -> None:
-    adapter = build(train_bridges=False)
+    adapter = build(freeze=("vae2llm", "llm2vae", "time_embedder"))
     frozen = {n.split(".")[0] for n, p in adapter.net.named_parameters() if not p.requires_grad}
     assert frozen == {"vae2llm", "llm2vae", "time_embedder", "latent_pos_embed"}
     assert all(p.requires_grad for group in adapter.param_groups().values() for p in group)
+
+
+def test_parts_are_frozen_by_name() -> None:
+    adapter = build(freeze=("embed_tokens", "lm_head", "layers.0."))
+    names = {n for n, p in adapter.net.named_parameters() if not p.requires_grad}
+    assert {n for n in names if "layers" in n} == {
+        n for n, _ in adapter.net.named_parameters() if "layers.0." in n
+    }
+    assert {n for n in names if "layers" not in n} == {
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+        "latent_pos_embed.pos_embed",
+    }
+    with pytest.raises(
+        ValueError, match=r"adapter\.freeze has 'vision', which is part of no .* embed_tokens"
+    ):
+        build(freeze=("vision",))
 
 
 def test_shard_units_are_the_layers(adapter: BagelAdapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import operator
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_unigrpo import (
     Guard,
@@ -27,6 +29,7 @@ from lightning_unigrpo import (
 )
 from lightning_unigrpo.adapters.digits import DigitsAdapter
 from lightning_unigrpo.callbacks import Experience, UniGRPOCallback
+from lightning_unigrpo.module import warn_if_rounded_away
 from tests.test_adapters import Faulty, Shifted, ShiftedImage, Stale, WrongMarks
 from tests.toys import ToyFlow, ToyMasked, ToyTokens
 
@@ -333,3 +336,49 @@ def test_lightnings_own_ema_averages_the_policy(tmp_path: Path) -> None:
 
 def flat(module: UniGRPOModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.adapter.net.parameters()])
+
+
+@pytest.mark.parametrize(("rate", "warns"), [(1e-6, True), (1e-2, False)])
+def test_a_rate_that_bfloat16_rounds_away_is_warned_of(
+    tmp_path: Path, rate: float, warns: bool
+) -> None:
+    """The share that the warning names is the share that AdamW leaves as it was."""
+    weight = torch.nn.Parameter(torch.randn(4000).bfloat16())
+    before, optimizer = (
+        weight.detach().clone(),
+        torch.optim.AdamW([weight], lr=rate, weight_decay=0),
+    )
+    weight.grad = -torch.ones_like(weight)
+    optimizer.step()
+    stuck = float((weight == before).float().mean())
+    assert (stuck > 0.5) is warns
+    expected = (
+        pytest.warns(UserWarning, match=rf"{stuck:.0%} of the weights in group 'text' are torch.bf")
+        if warns
+        else contextlib.nullcontext()
+    )
+    with expected:
+        warn_if_rounded_away("text", [torch.nn.Parameter(before)], rate)
+    warn_if_rounded_away("text", [torch.nn.Parameter(before.float())], rate)  # float32: nothing
+
+
+def test_weights_in_bfloat16_warn_as_training_begins(tmp_path: Path) -> None:
+    module = UniGRPOModule(ToyFlow(), optim=optim(text_lr=1e-6, flow_lr=1e-6))
+    module.adapter.to(torch.bfloat16)
+    run = trainer(tmp_path, 1, precision="bf16-true")
+    module.trainer = run
+    with pytest.warns(UserWarning, match="they will not train"):
+        module.configure_optimizers()
+
+
+class AnyDevice(FSDPStrategy):
+    """Lightning refuses the class itself on a CPU, by its exact type."""
+
+
+def test_fsdp_is_refused_for_two_dtypes_before_anything_is_read(tmp_path: Path) -> None:
+    module = UniGRPOModule(ToyFlow())
+    module.adapter.mixes_dtypes = True
+    module.adapter.materialize = lambda: pytest.fail("weights were read")  # type: ignore[method-assign]
+    module.trainer = trainer(tmp_path, 1, strategy=AnyDevice())
+    with pytest.raises(ValueError, match=r"FSDP2.*adapter\.dtype to float32"):
+        module.configure_model()

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Adapter, Footprint, token_log_probs
-from lightning_unigrpo.adapters.bagel.attention import CachedAttention, PackedAttention
+from lightning_unigrpo.adapters.bagel.attention import (
+    CachedAttention,
+    NextWord,
+    PackedAttention,
+)
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
 
 FLOW_MODULES = ("vae2llm", "llm2vae", "time_embedder")
 """The bridges between latents and the language model; with ``moe_gen`` they are the flow group."""
+GRAIN = 128
+"""Slots by which compiled decoding grows: each size of the context is a shape of its own."""
 
 
 class Tokenizer(Protocol):
@@ -88,7 +94,10 @@ class BagelAdapter(Adapter):
         guide: how evaluation guides, where ``sampling.guidance_scale`` is above 1.
         detach_context: cut the image loss's gradient into the reasoning's keys and values.
         gradient_checkpointing: recompute each layer in the backward pass.
-        train_bridges: also train ``vae2llm``, ``llm2vae`` and ``time_embedder``.
+        compile_layers: fuse what stands between two attentions with ``torch.compile``, and keep shapes few.
+        freeze: parameters that are not trained, by any part of their names: ``("vae2llm", "llm2vae",
+            "time_embedder")`` for the bridges, ``("embed_tokens", "lm_head")`` for the vocabulary. A whole
+            expert: ``optim.text_lr`` or ``optim.flow_lr`` 0.
         share_prefixes: in the packed pass, run what trajectories begin with in common (the prompt of a
             group, given images, equal reasonings) once for all of them; the numbers stay the same.
     """
@@ -108,7 +117,8 @@ class BagelAdapter(Adapter):
         guide: Guidance | None = None,
         detach_context: bool = False,
         gradient_checkpointing: bool = False,
-        train_bridges: bool = True,
+        compile_layers: bool = False,
+        freeze: Sequence[str] = (),
         share_prefixes: bool = True,
     ) -> None:
         super().__init__()
@@ -126,9 +136,23 @@ class BagelAdapter(Adapter):
         self.default_size, self.detach_context = default_size, detach_context
         self.share_prefixes, self.lora = share_prefixes, lora
         self.stop_token, self.latent_channels = config.eos, config.latent_channels
-        if not train_bridges:
-            for name in FLOW_MODULES:
-                getattr(self.net, name).requires_grad_(False)
+        self.compile_layers, self.freeze = compile_layers, tuple(freeze)
+        if compile_layers:
+            self.net.compile_layers()
+        self._freeze()
+        self.mixes_dtypes = lora is not None and self.net.vae2llm.weight.dtype != torch.float32
+
+    def _freeze(self) -> None:
+        for part in self.freeze:
+            found = [p for name, p in self.net.named_parameters() if part in name]
+            if not found:
+                known = dict.fromkeys(n.split(".")[-2] for n, _ in self.net.named_parameters())
+                raise ValueError(
+                    f"adapter.freeze has {part!r}, which is part of no parameter's name; names are made of "
+                    f"{', '.join(known)}."
+                )
+            for parameter in found:
+                parameter.requires_grad_(False)
 
     source: Source | None = None
     """Where :meth:`from_pretrained` found the weights."""
@@ -174,6 +198,7 @@ class BagelAdapter(Adapter):
             **settings,
         )
         adapter.source = found
+        adapter.mixes_dtypes = adapter.lora is not None and found.dtype != torch.float32
         return adapter
 
     def materialize(self) -> None:
@@ -307,7 +332,11 @@ class BagelAdapter(Adapter):
         dtype = torch.get_autocast_dtype(self.device.type) if self._autocast() else None
         weight = self.net.vae2llm.weight
         cache = BagelCache(
-            self.config, len(contexts), device=self.device, dtype=dtype or weight.dtype
+            self.config,
+            len(contexts),
+            device=self.device,
+            dtype=dtype or weight.dtype,
+            grain=GRAIN if self.compile_layers else 1,
         )
         for place in range(max((len(c) for c in contexts), default=0)):
             self.extend(cache, [c[place] if place < len(c) else None for c in contexts])
@@ -331,14 +360,14 @@ class BagelAdapter(Adapter):
         self, cache: BagelCache, segments: Sequence[Segment | None], *, patches: bool
     ) -> None:
         packer, positions = self._packer(), cache.positions.tolist()
-        advance = []
+        advance, fed = [], cache.open.tolist()
         for b, segment in enumerate(segments):
             packer.sample()
             if isinstance(segment, TextSegment):
-                ids = self._closed(segment.tokens)[cache.open[b] :]
+                ids = self._closed(segment.tokens)[fed[b] :]
                 if ids:
                     packer.text(ids, positions[b])
-                cache.open[b] = 0
+                fed[b] = 0
                 advance.append(len(ids))
             elif isinstance(segment, ImageSegment) and patches:
                 packer.seen(segment, positions[b])
@@ -348,6 +377,7 @@ class BagelAdapter(Adapter):
                 advance.append(1)
             else:
                 advance.append(0)
+        cache.open = torch.tensor(fed, dtype=torch.long, device=self.device)
         if any(advance):
             added = self._append(cache, packer)[1]
             cache.advance(added, torch.tensor(advance, device=self.device))
@@ -363,26 +393,36 @@ class BagelAdapter(Adapter):
     def _append(self, cache: BagelCache, packer: Packer) -> tuple[Tensor, Tensor]:
         """Run new rows against the cache; returns logits, and how many slots each row filled."""
         pack, layout = packer.finish()
-        cache.reserve(layout.rows.shape[1])
+        cache.make_room(layout.rows.shape[1])
         logits, _ = self.net(pack, CachedAttention(cache, layout))
         return logits, layout.valid.sum(1)
 
     @torch.no_grad()
     def next_logits(self, cache: BagelCache, tokens: Tensor | None, active: Tensor) -> Tensor:  # type: ignore[override]
         """Feed ``bos`` (``tokens`` None) or the tokens just sampled to the active rows."""
-        packer, positions = self._packer(), cache.positions.tolist()
-        rows = active.tolist()
-        ids = [self.config.bos] * len(cache) if tokens is None else tokens.tolist()
-        for b, is_active in enumerate(rows):
-            packer.sample()
-            if is_active:
-                packer.text([ids[b]], positions[b], last=True)
-                cache.open[b] += 1
-        found, added = self._append(cache, packer)
-        cache.advance(added, added)
-        logits = found.new_zeros(len(cache), found.shape[1])
-        logits[active.to(found.device)] = found
+        active = active.to(self.device)
+        rows = self._fed(active)
+        ids = torch.full_like(rows, self.config.bos) if tokens is None else tokens[rows]
+        cache.make_room(1)
+        pack = Pack.words(ids, cache.positions[rows], self.latent_channels)
+        found, _ = self.net(pack, NextWord(cache, rows))
+        one = active.long()
+        cache.advance(one, one, most=1)
+        cache.open = cache.open + one
+        logits: Tensor = found.new_zeros(len(cache), found.shape[1])
+        logits[rows] = found
         return logits
+
+    def _fed(self, active: Tensor) -> Tensor:
+        """Return the rows that are run: the active ones, repeated to a power of two when compiled."""
+        rows = active.nonzero().squeeze(1)
+        if not self.compile_layers or not len(active):
+            return rows
+        size = 2  # one row would be a graph of its own
+        while size < len(rows):
+            size *= 2
+        first = rows[:1] if len(rows) else torch.zeros_like(active[:1], dtype=torch.long)
+        return torch.cat([rows, first.expand(size - len(rows))])
 
     @torch.no_grad()
     def velocity(  # type: ignore[override]

@@ -191,14 +191,14 @@ class PackedAttention:
         inside = self.noise.rows + (num_rows if self.detach_context else 0)
         self.noise_keys = torch.cat([outside, inside], 1)  # [U, S]
 
-    def __call__(self, layer: int, heads: Heads) -> Tensor:
-        """Return ``[M, H * D]``."""
+    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+        """Return ``[M_e, H * D]`` per expert."""
         if self.dense:
             parts = self._dense(*heads)
         else:
             parts = [self._by_block(*(x[self.layout.rows].transpose(1, 2) for x in heads))]
         flat = [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in parts if part.numel()]
-        return torch.cat(flat)[self.place] if flat else heads.query.flatten(1)
+        return _rows(torch.cat(flat), self.place, sizes) if flat else [heads.query.flatten(1)]
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Return the outputs ``[B, H, L, D]`` of contexts and of noise blocks."""
@@ -283,7 +283,7 @@ class CachedAttention:
         slots = lengths + order
         count = layout.valid.sum(1, keepdim=True)
         reach = torch.where(layout.kind == Kind.CAUSAL, slots + 1, lengths + count)
-        self.total = int(slots.max()) + 1 if slots.numel() else 0
+        self.total = cache.reach(length)
         keys = torch.arange(self.total, device=slots.device)
         # At least one visible key, so that the softmax of padding is finite.
         self.mask = Mask((keys < reach.clamp_min(1).unsqueeze(2)).unsqueeze(1))  # [B, 1, Q, S]
@@ -292,14 +292,52 @@ class CachedAttention:
         self.place[layout.rows.flatten()[places]] = places
         self.sample, self.slot = self.place // length, slots.flatten()[self.place]
 
-    def __call__(self, layer: int, heads: Heads) -> Tensor:
-        """Return ``[M, H * D]``."""
+    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+        """Return ``[M_e, H * D]`` per expert."""
         if not len(heads.query):
-            return heads.query.flatten(1)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # [B, S, H_kv, D]
-        keys[self.sample, self.slot] = heads.key.to(keys.dtype)
-        values[self.sample, self.slot] = heads.value.to(values.dtype)
+            return [heads.query.flatten(1)]
         query = heads.query[self.layout.rows].transpose(1, 2)
-        key, value = (x[:, : self.total].transpose(1, 2).to(query.dtype) for x in (keys, values))
+        key, value = _remember(self.cache, layer, heads, (self.sample, self.slot), self.total)
         out = _attend(query, key, value, self.mask(query))
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)[self.place]
+        return _rows(out.transpose(1, 2).flatten(2).flatten(0, 1), self.place, sizes)
+
+
+class NextWord:
+    """One more word in some of B ragged sequences: what decoding does, without a word to the host.
+
+    Args:
+        cache: of B rows; its capacity must hold one more slot.
+        rows: ``[M]`` int64, the sequences that get a word; a repeated one writes the same twice.
+    """
+
+    def __init__(self, cache: BagelCache, rows: Tensor) -> None:
+        self.cache, self.rows, self.total = cache, rows, cache.reach(1)
+        self.slot = cache.lengths[rows]
+        keys = torch.arange(self.total, device=rows.device)
+        self.mask = Mask((keys <= cache.lengths.unsqueeze(1))[:, None, None])  # [B, 1, 1, S]
+
+    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+        """Return ``[M_e, H * D]`` per expert."""
+        if not len(heads.query):
+            return [heads.query.flatten(1)]
+        query = heads.query.new_zeros(len(self.cache), *heads.query.shape[1:])
+        query[self.rows] = heads.query
+        key, value = _remember(self.cache, layer, heads, (self.rows, self.slot), self.total)
+        out = _attend(query.unsqueeze(2), key, value, self.mask(query))
+        return _rows(out.flatten(1), self.rows, sizes)
+
+
+def _rows(flat: Tensor, place: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Take the rows at some places, expert by expert."""
+    return [flat[each] for each in place.split(sizes)]
+
+
+def _remember(
+    cache: BagelCache, layer: int, heads: Heads, where: tuple[Tensor, Tensor], total: int
+) -> tuple[Tensor, Tensor]:
+    """Write keys and values of new rows into a cache; return what it holds, ``[B, H_kv, S, D]``."""
+    found = []
+    for held, new in ((cache.keys[layer], heads.key), (cache.values[layer], heads.value)):
+        held[where] = new.to(held.dtype)
+        found.append(held[:, :total].transpose(1, 2).to(heads.query.dtype))
+    return found[0], found[1]

@@ -21,6 +21,13 @@ class BagelCache(Cache):
 
     Slots behind a row's length are scratch: a denoising step writes its own keys there and leaves the
     length alone. The RoPE counter is not the length: an image takes many slots and one position.
+
+    Args:
+        config: sizes.
+        num_rows: B.
+        device: of the keys and values.
+        dtype: likewise.
+        grain: capacity and what attention reads are multiples of it, so that few shapes occur.
     """
 
     keys: list[Tensor]
@@ -31,51 +38,78 @@ class BagelCache(Cache):
     """``[B]`` int64, slots in use."""
     positions: Tensor
     """``[B]`` int64, RoPE position of the next token."""
-    open: list[int]
-    """Per row, how many tokens of an unfinished text have been fed, its begin mark included."""
+    open: Tensor
+    """``[B]`` int64, how many tokens of an unfinished text have been fed, its begin mark included."""
+    longest: int
+    """No row is longer; known without asking the device."""
     plans: dict[Grid, tuple[Pack, CachedAttention]]
     """Layouts of a noise block behind the present contexts, kept between denoising steps."""
 
     def __init__(
-        self, config: BagelConfig, num_rows: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: BagelConfig,
+        num_rows: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        grain: int = 1,
     ) -> None:
         shape = (num_rows, 0, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.positions = torch.zeros_like(self.lengths)
-        self.open = [0] * num_rows
-        self.plans = {}
+        self.positions, self.open = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
+        self.longest, self.grain, self.plans = 0, grain, {}
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self.open)
+        return len(self.lengths)
 
     def select(self, rows: Tensor) -> BagelCache:
         """Return a copy of some rows, scratch left behind."""
         chosen = object.__new__(BagelCache)
         index = rows.to(self.lengths.device)
-        used = int(self.lengths.max()) if len(self) else 0
+        chosen.lengths, chosen.positions = self.lengths[index], self.positions[index]
+        chosen.open, chosen.grain, chosen.plans = self.open[index], self.grain, {}
+        chosen.longest = int(chosen.lengths.max()) if len(rows) else 0
+        used = chosen.reach(0)
         chosen.keys = [x[index, :used] for x in self.keys]
         chosen.values = [x[index, :used] for x in self.values]
-        chosen.lengths, chosen.positions = self.lengths[index], self.positions[index]
-        chosen.open, chosen.plans = [self.open[i] for i in rows.tolist()], {}
         return chosen
 
-    def advance(self, slots: Tensor, positions: Tensor) -> None:
-        """Make the rows just written part of the contexts; both ``[B]`` int64."""
+    def advance(self, slots: Tensor, positions: Tensor, *, most: int | None = None) -> None:
+        """Make the rows just written part of the contexts.
+
+        Args:
+            slots: ``[B]`` int64, how many each row has more.
+            positions: ``[B]`` int64, how many RoPE positions they take.
+            most: no row has more; ``None`` asks the device.
+        """
         self.lengths, self.positions = self.lengths + slots, self.positions + positions
+        self.longest = int(self.lengths.max()) if most is None else self.longest + most
         self.plans.clear()
 
-    def reserve(self, extra: int) -> None:
-        """Make room for ``extra`` more slots in every row; capacity at least doubles when it grows."""
-        needed = int(self.lengths.max()) + extra if len(self) else 0
-        capacity = self.keys[0].shape[1]
-        if needed <= capacity:
+    def reach(self, extra: int) -> int:
+        """Return how many slots attention reads when each row gets up to ``extra`` more."""
+        return -(-(self.longest + extra) // self.grain) * self.grain
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for so many more slots in every row, and no more than that."""
+        self._grow(self.reach(num_tokens))
+
+    def make_room(self, num_tokens: int) -> None:
+        """Make room where nobody reserved it: capacity at least doubles, or text would move it each time."""
+        needed, capacity = self.reach(num_tokens), self.keys[0].shape[1]
+        if needed > capacity:
+            self._grow(max(needed, 2 * capacity))
+
+    def _grow(self, capacity: int) -> None:
+        more = capacity - self.keys[0].shape[1]
+        if more <= 0:
             return
-        more = max(needed, 2 * capacity) - capacity
         # Zeros, not garbage: a masked key of NaN would still spoil the product with the values.
         pad = (0, 0, 0, 0, 0, more)
-        self.keys = [torch.nn.functional.pad(x, pad) for x in self.keys]
-        self.values = [torch.nn.functional.pad(x, pad) for x in self.values]
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):  # one at a time: two caches may not fit
+                tensors[layer] = torch.nn.functional.pad(old, pad)

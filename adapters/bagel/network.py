@@ -10,8 +10,9 @@ Source: Bagel, https://arxiv.org/abs/2505.14683; numerics in upstream's ``modeli
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,8 +33,11 @@ class Heads(NamedTuple):
 class Attention(Protocol):
     """How flat rows see each other."""
 
-    def __call__(self, layer: int, heads: Heads) -> Tensor:
-        """Return ``[M, H * D]`` for the rows (understanding first, generation second)."""
+    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+        """Return ``[M_e, H * D]`` per expert, ``sizes`` of the rows (understanding first).
+
+        None is a view of another: a compiled function would tell them from tensors of their own.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +64,22 @@ class Pack:
     """``[Mv]`` int64, latent rows whose velocity is wanted."""
     extra: Tensor | None = None
     """``[Mu - Mt, d]`` understanding rows that are given as embeddings (vision), behind the words."""
+
+    @classmethod
+    def words(cls, token_ids: Tensor, positions: Tensor, latent_channels: int) -> Pack:
+        """Return words ``[M]`` at ``[M]`` that all want logits, and no image."""
+        none = token_ids[:0]
+        return cls(
+            token_ids=token_ids,
+            positions=positions,
+            latents=torch.zeros(0, latent_channels, device=token_ids.device),
+            sigma=torch.zeros(0, device=token_ids.device),
+            image_of=none,
+            latent_ids=none,
+            latent_positions=none,
+            logit_rows=torch.arange(len(token_ids), device=token_ids.device),
+            velocity_rows=none,
+        )
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +120,6 @@ class Projections(nn.Module):
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
         for expert in EXPERTS:
             self.add_module(f"q_proj{expert}", nn.Linear(d, d))
@@ -109,22 +128,6 @@ class Projections(nn.Module):
             self.add_module(f"o_proj{expert}", nn.Linear(d, d, bias=False))
             self.add_module(f"q_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
             self.add_module(f"k_norm{expert}", RMSNorm(config.head_dim, config.rms_norm_eps))
-
-    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor], expert: str) -> Heads:
-        """Project, normalise queries and keys per head, then rotate them."""
-        part = self._modules
-
-        def split(flat: Tensor) -> Tensor:  # a size of -1 is ambiguous when there are no rows
-            return flat.view(len(flat), flat.shape[1] // self.head_dim, self.head_dim)
-
-        query = part[f"q_norm{expert}"](split(part[f"q_proj{expert}"](x)))  # type: ignore[misc]
-        key = part[f"k_norm{expert}"](split(part[f"k_proj{expert}"](x)))  # type: ignore[misc]
-        value = split(part[f"v_proj{expert}"](x))  # type: ignore[misc]
-        return Heads(rotate(query, *rope), rotate(key, *rope), value)
-
-    def merge(self, x: Tensor, expert: str) -> Tensor:
-        """Project the attention's output."""
-        return cast(Tensor, self.get_submodule(f"o_proj{expert}")(x))
 
 
 EXPERTS = ("", "_moe_gen")
@@ -147,17 +150,63 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([b, a], -1) * sin.to(x.dtype)
 
 
+class Expert(NamedTuple):
+    """The modules of one expert in one layer."""
+
+    input_norm: nn.Module
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    o_proj: nn.Module
+    output_norm: nn.Module
+    mlp: nn.Module
+
+
+def before_attention(expert: Expert, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+    """Project rows ``[M, d]``, normalise queries and keys per head, then rotate them."""
+
+    def split(flat: Tensor) -> Tensor:  # a size of -1 is ambiguous when there are no rows
+        return flat.view(len(flat), flat.shape[1] // cos.shape[-1], cos.shape[-1])
+
+    x = expert.input_norm(x)
+    query, key = (
+        rotate(norm(split(project(x))), cos, sin)
+        for norm, project in ((expert.q_norm, expert.q_proj), (expert.k_norm, expert.k_proj))
+    )
+    return Heads(query, key, split(expert.v_proj(x)))
+
+
+def after_attention(expert: Expert, x: Tensor, attended: Tensor) -> Tensor:
+    """Return rows ``[M, d]`` with the attention's output and the MLP's added."""
+    x = x + expert.o_proj(attended)
+    return cast(Tensor, x + expert.mlp(expert.output_norm(x)))
+
+
 class Layer(nn.Module):
     """One layer with an expert per kind of row."""
 
+    before_attention: Callable[..., Heads]
+    after_attention: Callable[..., Tensor]
+
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
+        self.before_attention, self.after_attention = before_attention, after_attention
         d, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Projections(config)
         for expert in EXPERTS:
             self.add_module(f"mlp{expert}", MLP(config))
             self.add_module(f"input_layernorm{expert}", RMSNorm(d, eps))
             self.add_module(f"post_attention_layernorm{expert}", RMSNorm(d, eps))
+
+    def expert(self, number: int) -> Expert:
+        """Return the modules of expert 0 (understanding) or 1 (generation)."""
+        own, inner, name = self._modules, self.self_attn._modules, EXPERTS[number]
+        found = [own[f"input_layernorm{name}"]]
+        found += [inner[f"{part}{name}"] for part in Expert._fields[1:7]]
+        found += [own[f"post_attention_layernorm{name}"], own[f"mlp{name}"]]
+        return Expert(*cast(list[nn.Module], found))
 
     def forward(
         self,
@@ -167,25 +216,18 @@ class Layer(nn.Module):
         number: int,
     ) -> tuple[Tensor, Tensor]:
         """Return the rows of both experts after attention and MLP."""
-        part = self._modules
         # A call without any row still runs: ranks that shard weights gather them in lockstep.
         live = [e for e, x in enumerate(rows) if len(x)] or [0]
+        experts = [self.expert(e) for e in live]
         heads = [
-            self.self_attn.heads(
-                part[f"input_layernorm{EXPERTS[e]}"](rows[e]),  # type: ignore[misc]
-                ropes[e],
-                EXPERTS[e],
-            )
-            for e in live
+            self.before_attention(expert, rows[e], *ropes[e])
+            for e, expert in zip(live, experts, strict=True)
         ]
         joint = heads[0] if len(heads) == 1 else Heads(*map(torch.cat, zip(*heads, strict=True)))
-        mixed = attention(number, joint).split([len(rows[e]) for e in live])
+        mixed = attention(number, joint, [len(rows[e]) for e in live])
         new = list(rows)
-        for e, attended in zip(live, mixed, strict=True):
-            expert = EXPERTS[e]
-            x = rows[e] + self.self_attn.merge(attended, expert)
-            u = part[f"post_attention_layernorm{expert}"](x)  # type: ignore[misc]
-            new[e] = x + part[f"mlp{expert}"](u)  # type: ignore[misc]
+        for e, expert, attended in zip(live, experts, mixed, strict=True):
+            new[e] = self.after_attention(expert, rows[e], attended)
         return new[0], new[1]
 
 
@@ -252,6 +294,24 @@ class BagelNet(nn.Module):
         self.vae2llm, self.llm2vae = nn.Linear(c, d), nn.Linear(d, c)
         self.time_embedder = TimeEmbedder(d)
         self.latent_pos_embed = PositionTable(config.max_latent_size, d)
+
+    def compile_layers(self, **settings: Any) -> None:
+        """Compile both halves of a layer, once for all layers: attention is a kernel already.
+
+        Whole layers would be compiled again for each plan of attention, and soon not at all.
+
+        Args:
+            settings: of ``torch.compile``, such as ``backend``.
+        """
+        # Beyond the limit (8 by default) torch goes on uncompiled. Grad mode, precision, LoRA on and off,
+        # and a frozen expert are graphs of their own.
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(32, limits.recompile_limit)
+        before = torch.compile(before_attention, dynamic=True, **settings)
+        after = torch.compile(after_attention, dynamic=True, **settings)
+        for layer in self.language_model.model.layers:
+            assert isinstance(layer, Layer)
+            layer.before_attention, layer.after_attention = before, after
 
     def forward(self, pack: Pack, attention: Attention) -> tuple[Tensor, Tensor]:
         """Run rows through the network.
