@@ -4,11 +4,15 @@ In one process, in turn, at two sizes (random weights; speed does not depend on 
 
 * ``batched``: this project's path: all rows decode and denoise together, contexts are cached;
 * ``one by one``: the same path, a row at a time;
-* ``recomputed``: all rows together, but every token and every denoising step reads its whole context again.
+* ``recomputed``: all rows together, but every token and every denoising step reads its whole context again;
+* ``compiled``: ``batched`` with compiled layers, where ``--compiled`` asks for it (minutes of compiling).
 
 Recomputed text is measured at evenly spread lengths and averaged: 300 tokens of it would take minutes.
+Beside them stands the floor: the bytes of weights and cache that a step must read at the bandwidth that a
+matrix-vector product reaches here, or its products at the speed that a large one reaches; the slower one.
 
     python benchmarks/rollout.py --repeats 3 --out benchmarks/results/rollout.json
+    python benchmarks/rollout.py --device cuda --dtype bfloat16 --compiled
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from lightning_unigrpo.types import TextSegment
 
 PROMPT_TOKENS, PROBES, STEPS = 20, 8, 3
 WAYS = ("batched", "one by one", "recomputed")
+MARKS = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Nothing:
         return ""
 
 
-def build(size: Size) -> BagelAdapter:
+def build(size: Size, *, compiled: bool) -> BagelAdapter:
     """Return a model of a size with random weights."""
     config = BagelConfig(
         vocab_size=4096,
@@ -83,25 +88,23 @@ def build(size: Size) -> BagelAdapter:
         start_of_image=2,
         end_of_image=3,
     )
-    return BagelAdapter(config, Nothing()).eval()
+    return BagelAdapter(config, Nothing(), compile_layers=compiled).eval()
 
 
-class Rollout:
-    """Fixed prompts, reasonings and noise, and the three ways to run them."""
+class Machine:
+    """How fast a device reads and multiplies, measured; and the least time that some work takes."""
 
-    def __init__(self, size: Size, device: torch.device) -> None:
-        self.size, self.device = size, device
-        torch.manual_seed(0)
-        self.adapter = build(size).to(device)
-        shape = (size.rows, PROMPT_TOKENS + size.text_tokens)
-        ids = torch.randint(4, 4096, shape, device=device)
-        self.prompts = [[TextSegment(tokens=row[:PROMPT_TOKENS])] for row in ids]
-        self.words = ids[:, PROMPT_TOKENS:]
-        self.grid = (size.side // 2, size.side // 2)
-        num = self.grid[0] * self.grid[1]
-        self.noise = torch.randn(
-            size.rows, num, self.adapter.latent_channels, generator=torch.Generator().manual_seed(0)
-        ).to(device)
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        side = 8192 if device.type == "cuda" else 4096  # 64 MB in float32: more than a cache
+        matrix = torch.randn(side, side, device=device, dtype=dtype)
+        vector, other = matrix[0].clone(), matrix[: side // 4].T.contiguous()
+        self.bytes_per_s = matrix.nbytes / self.fastest(lambda: matrix @ vector)
+        self.flop_per_s = 2 * side * other.numel() / self.fastest(lambda: matrix @ other)
+
+    def fastest(self, work: Callable[[], object]) -> float:
+        """Return the least seconds of a few runs."""
+        return min(self.timed(work) for _ in range(6))
 
     def timed(self, work: Callable[[], object]) -> float:
         """Return seconds: of the process on a CPU, of the wall clock behind a GPU."""
@@ -116,13 +119,42 @@ class Rollout:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def floor(self, num_bytes: float, flop: float) -> float:
+        """Return the seconds below which some work cannot come."""
+        return max(num_bytes / self.bytes_per_s, flop / self.flop_per_s)
+
+
+class Rollout:
+    """Fixed prompts, reasonings and noise, and the three ways to run them."""
+
+    def __init__(self, size: Size, machine: Machine, *, compiled: bool) -> None:
+        self.size, self.machine, device = size, machine, machine.device
+        self.device, self.timed = device, machine.timed
+        torch.manual_seed(0)
+        self.eager = build(size, compiled=False).to(device, machine.dtype)
+        self.ways = [*WAYS]
+        if compiled:
+            self.ways.append("compiled")
+            self.compiled = build(size, compiled=True).to(device, machine.dtype)
+        self.adapter = self.eager
+        shape = (size.rows, PROMPT_TOKENS + size.text_tokens)
+        ids = torch.randint(4, 4096, shape, device=device)
+        self.prompts = [[TextSegment(tokens=row[:PROMPT_TOKENS])] for row in ids]
+        self.words = ids[:, PROMPT_TOKENS:]
+        self.grid = (size.side // 2, size.side // 2)
+        num = self.grid[0] * self.grid[1]
+        self.noise = torch.randn(
+            size.rows, num, self.adapter.latent_channels, generator=torch.Generator().manual_seed(0)
+        ).to(device)
+
     # ---- text: seconds per token of one row
 
     def decode(self, rows: slice) -> None:
         """Decode the reasoning of some rows through a cache."""
         words = self.words[rows]
         cache = self.adapter.prefill(self.prompts[rows])
-        active = torch.ones(len(words), dtype=torch.bool)
+        cache.reserve(self.size.text_tokens + MARKS)
+        active = torch.ones(len(words), dtype=torch.bool, device=self.device)
         tokens = None
         for i in range(self.size.text_tokens):
             self.adapter.next_logits(cache, tokens, active).argmax(-1)
@@ -155,7 +187,26 @@ class Rollout:
             / len(probes)
             * size.text_tokens,
         }
+        if "compiled" in self.ways:
+            self.adapter = self.compiled
+            seconds["compiled"] = self.timed(lambda: self.decode(whole))
+            self.adapter = self.eager
         return {way: num / value for way, value in seconds.items()}
+
+    def text_floor(self) -> float:
+        """Return the tokens per second that reading and multiplying alone would allow."""
+        size, net = self.size, self.adapter.net
+        model, width = net.language_model.model, torch.finfo(self.machine.dtype).bits // 8
+        understanding = [p for n, p in model.layers.named_parameters() if "moe_gen" not in n]
+        weights = sum(p.numel() for p in [*understanding, *net.language_model.lm_head.parameters()])
+        slots = size.rows * (PROMPT_TOKENS + MARKS + size.text_tokens / 2)
+        cache = slots * self._numbers_per_slot()
+        seconds = self.machine.floor((weights + cache) * width, 2 * weights * size.rows)
+        return size.rows / seconds
+
+    def _numbers_per_slot(self) -> int:
+        config = self.adapter.config
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
     # ---- images: denoising steps of one row per second
 
@@ -188,7 +239,25 @@ class Rollout:
         seconds["one by one"] = self.timed(
             lambda: [self.denoise(slice(b, b + 1), self.noise, again=False) for b in rows]
         )
-        return {way: self.size.rows * STEPS / seconds[way] for way in WAYS}
+        if "compiled" in self.ways:
+            self.adapter = self.compiled
+            self.cached = {0: self.adapter.prefill(self.contexts())}
+            seconds["compiled"] = self.timed(lambda: self.denoise(whole, self.noise, again=False))
+            self.adapter = self.eager
+        return {way: self.size.rows * STEPS / seconds[way] for way in self.ways}
+
+    def image_floor(self) -> float:
+        """Return the denoising steps per second that reading and multiplying alone would allow."""
+        size, net, config = self.size, self.adapter.net, self.adapter.config
+        width = torch.finfo(self.machine.dtype).bits // 8
+        layers = net.language_model.model.layers.named_parameters()
+        weights = sum(p.numel() for n, p in layers if "moe_gen" in n)
+        rows = size.rows * self.grid[0] * self.grid[1]
+        slots = PROMPT_TOKENS + size.text_tokens + 2 * MARKS + self.grid[0] * self.grid[1] + MARKS
+        attention = 4 * rows * slots * config.hidden_size * config.num_hidden_layers
+        cache = size.rows * slots * self._numbers_per_slot()
+        seconds = self.machine.floor((weights + cache) * width, 2 * weights * rows + attention)
+        return size.rows / seconds
 
 
 def main() -> None:
@@ -196,25 +265,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    record = {}
+    machine = Machine(device, getattr(torch, args.dtype))
+    record: dict[str, object] = {}
     for size in SIZES:
-        rollout = Rollout(size, device)
+        rollout = Rollout(size, machine, compiled=args.compiled)
         runs = [(rollout.text(), rollout.images()) for _ in range(args.repeats + 1)][1:]
         found = {
-            part: {way: median(run[i][way] for run in runs) for way in WAYS}
+            part: {way: median(run[i][way] for run in runs) for way in rollout.ways}
             for i, part in enumerate(("tokens/s", "steps/s"))
         }
+        found["tokens/s"]["floor"] = rollout.text_floor()
+        found["steps/s"]["floor"] = rollout.image_floor()
         record[size.name] = {"size": asdict(size), **found}
         report(size, found)
     if args.out is not None:
-        machine = {"processor": processor(device), "torch": torch.__version__}
+        here = {
+            "processor": processor(device),
+            "torch": torch.__version__,
+            "dtype": args.dtype,
+            "GB/s": machine.bytes_per_s / 1e9,
+            "GFLOP/s": machine.flop_per_s / 1e9,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": machine, **record}, indent=1)
+        text = json.dumps({"machine": here, **record}, indent=1)
         args.out.write_text(text + "\n", encoding="utf-8")
 
 
@@ -230,12 +310,13 @@ def report(size: Size, found: dict[str, dict[str, float]]) -> None:
     tokens = (size.side // 2) ** 2
     title = f"{size.name}: {size.rows} rows, {size.text_tokens} text tokens, {tokens} latent tokens"
     table = Table(title=title)
-    for column in ("", *WAYS, *(f"batched / {way}" for way in WAYS[1:])):
+    ways = list(found["tokens/s"])
+    for column in ("", *ways, *(f"batched / {way}" for way in ways[1:])):
         table.add_column(column, justify="right")
     for part, rates in found.items():
-        ratios = [f"{rates['batched'] / rates[way]:.2f}" for way in WAYS[1:]]
-        table.add_row(part, *(f"{rates[way]:.1f}" for way in WAYS), *ratios)
-    Console().print(table)
+        ratios = [f"{rates['batched'] / rates[way]:.2f}" for way in ways[1:]]
+        table.add_row(part, *(f"{rates[way]:.1f}" for way in ways), *ratios)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

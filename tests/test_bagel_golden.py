@@ -1,6 +1,7 @@
 """Bagel against numbers that upstream's code produced.
 
-Sizes, tolerances and cases come from the files, so another set of the same layout runs unchanged.
+Sizes, tolerances and cases come from the files, so another set of the same layout runs unchanged. At the
+end: drawing and stopping, which no set exercises; for guidance and bfloat16 see the files of that name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
+from lightning_unigrpo.adapters.bagel import adapter as contract
 from lightning_unigrpo.adapters.bagel.attention import Kind, Layout, PackedAttention
 from lightning_unigrpo.adapters.bagel.checkpoint import Checkpoint
 from lightning_unigrpo.adapters.bagel.guidance import Guidance
@@ -29,16 +33,30 @@ from lightning_unigrpo.adapters.bagel.pretrained import Source
 from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae
 from lightning_unigrpo.adapters.bagel.vision import BagelVision, patchify, unpatchify
 from lightning_unigrpo.config import Sampling
-from lightning_unigrpo.flow import ode_step, sigma_schedule
-from lightning_unigrpo.rollout import sample_image
+from lightning_unigrpo.flow import log_prob, ode_step, sigma_schedule, transition
+from lightning_unigrpo.rollout import Draws, Start, rollout, sample_image, sample_text
 from lightning_unigrpo.types import Grid, ImageSegment, Prompt, TextSegment, Trajectory
 from tests.conftest import golden_folder
+from tests.published import write_checkpoint
 
 FOLDER = golden_folder("bagel")
 INFO = json.loads((FOLDER / "cases.json").read_text())
 CONFIG = json.loads((FOLDER / "config.json").read_text())
-CASES = load_file(FOLDER / "cases.safetensors")
-WEIGHTS = load_file(FOLDER / "state_dict.safetensors")
+
+
+class Cases(dict[str, Tensor]):
+    """The golden tensors, and the names of those that were asked for."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+CASES = Cases(load_file(FOLDER / "cases.safetensors"))
 ATOL, GRADIENT_ATOL = (
     float(number) for number in re.findall(r"\de-\d", INFO["conventions"]["tolerance"])[:2]
 )
@@ -111,6 +129,15 @@ def adapter() -> BagelAdapter:
 
 def close(got: Tensor, name: str, atol: float = ATOL) -> None:
     torch.testing.assert_close(got, CASES[name], atol=atol, rtol=0)
+
+
+RAN: set[str] = set()
+
+
+@pytest.fixture(autouse=True)
+def remember(request: pytest.FixtureRequest) -> None:
+    """Note which tests ran: :func:`test_every_tensor_is_compared` can only tell after all others."""
+    RAN.add(request.node.name)
 
 
 def text(name: str) -> TextSegment:
@@ -243,6 +270,24 @@ def test_ode_sampling(adapter: BagelAdapter) -> None:
         close(x[0], f"d_ode/final_{i}")
 
 
+def test_ode_sampling_of_a_rollout(adapter: BagelAdapter) -> None:
+    """Group d through the sampler: noise to latents to pixels; one prefix read once for two rows."""
+    sampling = INFO["sampling"]
+    sigmas = sigma_schedule(
+        sampling["num_timesteps"], shift=sampling["timestep_shift"], convention="points"
+    )
+    for i, (x, name) in enumerate(zip(split(CASES["d_ode/noise"]), "AB", strict=True)):
+        cache, grid = adapter.prefill([[text(f"prompt_{name}")]]).expand([2]), grid_of(f"sample{i}")
+        drawn = sample_image(
+            adapter, cache, torch.stack([-x, x]), sigmas, grid, sampling=Sampling()
+        )
+        close(drawn[1].latent, f"d_ode/final_{i}")
+        if i == 0:
+            expected = (CASES["d_ode/final_image_0"] / 2 + 0.5).clamp(0, 1)
+            got = adapter.decode(torch.stack([image.latent for image in drawn]), grid)[1:]
+            torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+
+
 def tokens_of(latents: Tensor) -> Tensor:
     """Return ``[N, C]`` of the latents ``[z, H, W]`` that upstream made of an image."""
     return patchify(latents, CONFIG["bagel_config"]["latent_patch_size"])
@@ -256,6 +301,7 @@ def test_vae_encodes_and_decodes(adapter: BagelAdapter) -> None:
     close(adapter.vae.decode(tokens_of(z), grid), "f_vae/decoded")
     encoded = adapter.vae.encode(CASES["f_vae/image"])
     torch.testing.assert_close(encoded, tokens_of(CASES["f_vae/encoded_mean"]), atol=ATOL, rtol=0)
+    close(adapter.vae.vae.encode(CASES["f_vae/image"]).latent_dist.parameters, "f_vae/moments")
     # A sample is mean + std noise, with the noise of the generator given.
     mean, log_var = CASES["f_vae/moments"].chunk(2, 1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
@@ -273,6 +319,8 @@ def test_decoding_of_sampled_latents(adapter: BagelAdapter) -> None:
     expected = (CASES["d_ode/final_image_0"] / 2 + 0.5).clamp(0, 1)
     got = adapter.decode(latent.unsqueeze(0), grid)
     torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+    assert adapter.vae is not None
+    close(adapter.vae.decode(latent.unsqueeze(0), grid), "d_ode/final_image_0")  # unclamped
 
 
 def vit_rows(adapter: BagelAdapter, name: str) -> Tensor:
@@ -316,6 +364,28 @@ def test_vision_tower(adapter: BagelAdapter) -> None:
     with torch.no_grad():
         close(vision.vit_model["vision_model"](patches, ids), "g_vit/vit_out")
     close(vit_rows(adapter, "vit_img0"), "g_vit/llm_in")
+
+
+GREEDY = {
+    "b_greedy/A_": ["prompt_A"],
+    "b_greedy/B_": ["prompt_B"],
+    "g_vit/greedy_": ["vit_img0", "prompt_A"],
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_decoding_of_a_rollout(adapter: BagelAdapter, name: str) -> None:
+    """Groups b and g as evaluation decodes: bos is no part of a text, and its stop token ends it."""
+    expected, logits = CASES[f"{name}tokens"][1:], CASES[f"{name}logits"]
+    stops = (expected == adapter.stop_token).nonzero().flatten().tolist()
+    expected = expected[: stops[0] + 1] if stops else expected
+    context = [only_seen(adapter, n) if n.startswith("vit") else text(n) for n in GREEDY[name]]
+    (found,) = sample_text(
+        adapter, adapter.prefill([context]), None, max_tokens=len(expected), temperature=1.0
+    )
+    assert torch.equal(found.tokens, expected)
+    scores = token_log_probs(logits[: len(expected)], expected)[0]
+    torch.testing.assert_close(found.log_prob, scores, atol=ATOL, rtol=0)
 
 
 def cached_logits(adapter: BagelAdapter, cache: Any, ids: Tensor) -> Tensor:
@@ -364,6 +434,21 @@ def test_image_for_understanding(adapter: BagelAdapter) -> None:
     torch.testing.assert_close(both, CASES["g_vit/greedy_logits"][0], atol=ATOL, rtol=0)
 
 
+def test_texts_of_a_ragged_batch_behind_images(adapter: BagelAdapter) -> None:
+    """Group g: images of other sizes, then texts of other lengths, fed row by row until each ends."""
+    images = [only_seen(adapter, name) for name in ("vit_img0", "vit_img1")]
+    names = {"prompt_A": "g_vit/logits", "prompt_B": "g_vit/batch_logits_B"}
+    texts = [[*CASES[f"in/{name}"].tolist(), adapter.config.eos] for name in names]
+    expected = [CASES[name] for name in names.values()]
+    cache = adapter.prefill([[image] for image in images])
+    for step in range(max(map(len, expected))):
+        active = torch.tensor([step < len(logits) for logits in expected])
+        fed = torch.tensor([ids[min(step, len(ids)) - 1] for ids in texts]) if step else None
+        got = adapter.next_logits(cache, fed, active)
+        for b in active.nonzero().flatten().tolist():
+            torch.testing.assert_close(got[b], expected[b][step], atol=ATOL, rtol=0)
+
+
 def velocity_of(
     adapter: BagelAdapter, given: list[Any], name: str, state: Tensor, grid: Grid
 ) -> None:
@@ -387,6 +472,43 @@ def test_editing(adapter: BagelAdapter) -> None:
     given = [edited(adapter), text("prompt_B")]
     agrees(adapter, given[:1], CASES["in/prompt_B"], "h_edit/logits")
     velocity_of(adapter, given, "h_edit/v", CASES["h_edit/x_t"], grid_of("edit"))
+
+
+@pytest.fixture
+def sizes_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden pictures are what upstream's two transforms returned: resize nothing."""
+    small = CASES["in/edit_vit_img"] / 2 + 0.5
+    monkeypatch.setattr(contract, "latent_resize", lambda _: lambda pixels: pixels)
+    monkeypatch.setattr(contract, "patch_resize", lambda _: lambda _: small)
+
+
+EDIT = CASES["in/edit_img"] / 2 + 0.5
+
+
+@pytest.mark.usefixtures("sizes_as_given")
+def test_editing_from_a_prompt(adapter: BagelAdapter) -> None:
+    """Group h from the request: pixels in [0, 1] and words become the golden context."""
+    words = " ".join(map(str, CASES["in/prompt_B"].tolist()))
+    prompt = Prompt(text=words, images=(EDIT,), size=tuple(INFO["sizes"]["edit"]))
+    given, grid = adapter.tokenize(prompt), adapter.image_grid(prompt)
+    assert grid == grid_of("edit")
+    agrees(adapter, given[:1], CASES["in/prompt_B"], "h_edit/logits")
+    velocity_of(adapter, given, "h_edit/v", CASES["h_edit/x_t"], grid)
+
+
+@pytest.mark.usefixtures("sizes_as_given")
+def test_posterior_of_an_input_image() -> None:
+    """``scale (mean + std noise(id) - shift)`` of the golden moments; edit_img is their first picture."""
+    assert torch.equal(CASES["in/edit_img"], CASES["f_vae/image"][0])
+    mean, log_var = CASES["f_vae/moments"][:1].chunk(2, 1)
+    adapter = golden_adapter(posterior="sample")
+    assert adapter.vae is not None
+    for key in (0, 7):
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(key))
+        z = adapter.vae.scale * (mean + (log_var / 2).exp() * noise - adapter.vae.shift)
+        seen = adapter.tokenize(Prompt(text="", id=key, images=(EDIT,)))[0]
+        assert isinstance(seen, ImageSegment)
+        torch.testing.assert_close(seen.latent, tokens_of(z)[0], atol=ATOL, rtol=0)
 
 
 def test_reflection(adapter: BagelAdapter) -> None:
@@ -464,10 +586,40 @@ def test_guidance_inside_an_interval() -> None:
     close(image.latent, "e_cfg/ode_interval")
 
 
-def train_inputs() -> dict[str, Any]:
-    return {
-        k.removeprefix("i_train/in_"): v for k, v in CASES.items() if k.startswith("i_train/in_")
-    }
+def train_input(name: str) -> Tensor:
+    return CASES[f"i_train/in_{name}"]
+
+
+def clean_latents() -> list[Tensor]:
+    """Return the clean tokens of the pack's images, in its order."""
+    patch = CONFIG["bagel_config"]["latent_patch_size"]
+    padded, shapes = train_input("padded_latent"), INFO["train"]["latent_shapes"]
+    return [
+        tokens_of(x[:, : g[0] * patch, : g[1] * patch]) for x, g in zip(padded, shapes, strict=True)
+    ]
+
+
+def train_levels() -> Tensor:
+    """Return the noise level of each latent row of the pack."""
+    sigma = train_input("packed_timesteps").sigmoid()
+    shift = CONFIG["bagel_config"]["timestep_shift"]
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def check_training(
+    ce: Tensor, velocity: Tensor, parameters: dict[str, nn.Parameter], target: Tensor
+) -> None:
+    """Compare velocities, losses and the gradients of their sum with the golden ones."""
+    mse = (velocity - target).square()
+    close(velocity, "i_train/v_pred")
+    close(ce, "i_train/ce")
+    close(mse, "i_train/mse")
+    (ce.mean() + mse.mean()).backward()
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    norms = torch.stack([gradients[name].norm() for name in INFO["train"]["grad_names"]])
+    close(norms, "i_train/grad_norms", GRADIENT_ATOL)
+    for name in (k for k in CASES if k.startswith("i_train/grad.")):
+        close(gradients[name.removeprefix("i_train/grad.")], name, GRADIENT_ATOL)
 
 
 def golden_layout(order: Tensor) -> Layout:
@@ -487,61 +639,274 @@ def golden_layout(order: Tensor) -> Layout:
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_packed_training_forward_with_losses_and_gradients(dense: bool) -> None:
-    """Group i: cross entropy, velocities and every gradient, vision rows included."""
-    adapter, given = golden_adapter(), train_inputs()
-    vision, patch = adapter.vision, CONFIG["bagel_config"]["latent_patch_size"]
+    """Group i as upstream packs it: cross entropy, velocities and every gradient, vision rows included."""
+    adapter = golden_adapter()
+    vision = adapter.vision
     assert vision is not None
     vision.requires_grad_(True)  # upstream trains it, too
     config, info = adapter.config, INFO["train"]
     text_at, vit_at, vae_at = (
-        given[f"packed_{name}"]
+        train_input(f"packed_{name}")
         for name in ("text_indexes", "vit_token_indexes", "vae_token_indexes")
     )
     num_words, num_und = len(text_at), len(text_at) + len(vit_at)
     order = torch.empty(num_und + len(vae_at), dtype=torch.long)  # packed row -> our flat row
     order[torch.cat([text_at, vit_at, vae_at])] = torch.arange(len(order))
     layout = golden_layout(order)
-    for b in range(len(info["sample_lens"])):
-        size = info["sample_lens"][b]
-        assert torch.equal(layout.visible()[b, :size, :size].to(torch.uint8), given[f"mask_{b}"])
+    for b, size in enumerate(info["sample_lens"]):
+        found = layout.visible()[b, :size, :size].to(torch.uint8)
+        assert torch.equal(found, train_input(f"mask_{b}"))
 
-    clean = torch.cat(
-        [
-            tokens_of(x[:, : g[0] * patch, : g[1] * patch])
-            for x, g in zip(given["padded_latent"], info["latent_shapes"], strict=True)
-        ]
-    )
-    sigma = given["packed_timesteps"].sigmoid()
-    shift = CONFIG["bagel_config"]["timestep_shift"]
-    sigma = shift * sigma / (1 + (shift - 1) * sigma)
-    noise = CASES["i_train/noise"]
+    clean, sigma, noise = torch.cat(clean_latents()), train_levels(), CASES["i_train/noise"]
     scored = (sigma > 0).nonzero().squeeze(1)
-    positions = given["packed_position_ids"]
+    assert torch.equal(vae_at[scored], train_input("mse_loss_indexes"))
+    positions = train_input("packed_position_ids")
     pack = Pack(
-        token_ids=given["packed_text_ids"],
+        token_ids=train_input("packed_text_ids"),
         positions=torch.cat([positions[text_at], positions[vit_at]]),
         latents=(1 - sigma).unsqueeze(1) * clean + sigma.unsqueeze(1) * noise,
         sigma=sigma,
         image_of=torch.arange(len(sigma)),
-        latent_ids=given["packed_latent_position_ids"],
+        latent_ids=train_input("packed_latent_position_ids"),
         latent_positions=positions[vae_at],
-        logit_rows=order[given["ce_loss_indexes"]],
+        logit_rows=order[train_input("ce_loss_indexes")],
         velocity_rows=scored,
-        extra=vision.rows(given["packed_vit_tokens"], given["packed_vit_position_ids"]),
+        extra=vision.rows(train_input("packed_vit_tokens"), train_input("packed_vit_position_ids")),
     )
     assert num_words == len(pack.token_ids)
     assert config.latent_channels == clean.shape[1]
     logits, velocity = adapter.net(pack, PackedAttention(layout, len(order), dense=dense))
     close(logits, "i_train/logits")
-    close(velocity, "i_train/v_pred")
-    ce = nn.functional.cross_entropy(logits, given["packed_label_ids"], reduction="none")
-    mse = (velocity - (noise - clean)[scored]).square()
-    close(ce, "i_train/ce")
-    close(mse, "i_train/mse")
-    (ce.mean() + mse.mean()).backward()
-    gradients = {name: p.grad for name, p in adapter.net.named_parameters()}
-    gradients |= {name: p.grad for name, p in vision.named_parameters()}
-    norms = torch.stack([gradients[name].norm() for name in info["grad_names"]])
-    close(norms, "i_train/grad_norms", GRADIENT_ATOL)
-    for name in (k for k in CASES if k.startswith("i_train/grad.")):
-        close(gradients[name.removeprefix("i_train/grad.")], name, GRADIENT_ATOL)
+    labels = train_input("packed_label_ids")
+    ce = nn.functional.cross_entropy(logits, labels, reduction="none")
+    parameters = dict(adapter.net.named_parameters()) | dict(vision.named_parameters())
+    check_training(ce, velocity, parameters, (noise - clean)[scored])
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_training_through_the_contract(gradient_checkpointing: bool, share_prefixes: bool) -> None:
+    """Group i from trajectories: the adapter finds the rows, positions, losses and gradients itself."""
+    adapter = golden_adapter(
+        gradient_checkpointing=gradient_checkpointing, share_prefixes=share_prefixes
+    )
+    vae, vision = adapter.vae, adapter.vision
+    assert vae is not None
+    assert vision is not None
+    vision.requires_grad_(True)
+    latents, shapes = clean_latents(), INFO["train"]["latent_shapes"]
+    for latent, name in zip(latents, ("edit_img", "edit_img", "vae_img1"), strict=True):
+        torch.testing.assert_close(
+            vae.encode(CASES[f"in/{name}"].unsqueeze(0))[0], latent, atol=ATOL, rtol=0
+        )
+    sizes = [len(latent) for latent in latents]
+    noise, levels = CASES["i_train/noise"].split(sizes), train_levels().split(sizes)
+
+    def drawn(i: int) -> ImageSegment:
+        sigma = levels[i][0]
+        state = (1 - sigma) * latents[i] + sigma * noise[i]
+        return ImageSegment(
+            latent=latents[i],
+            grid=tuple(shapes[i]),
+            states=torch.stack([state, state]),
+            sigmas=torch.stack([sigma, 0 * sigma]),
+        )
+
+    (patches,) = vision([CASES["in/vit_img1"]])
+    assert train_input("vit_token_seqlens").tolist() == [len(patches)]
+    labels = train_input("packed_label_ids")
+    assert labels.tolist() == [*CASES["in/prompt_A"].tolist(), adapter.stop_token]
+    segments: list[list[Any]] = [
+        [
+            replace(only_seen(adapter, "vit_img1"), views={"vit": patches}),
+            ImageSegment(latent=latents[0], grid=tuple(shapes[0]), is_context=True),
+            TextSegment(tokens=labels, log_prob=torch.zeros(len(labels))),
+            drawn(1),
+        ],
+        [text("prompt_B"), drawn(2)],
+    ]
+    calls: list[Any] = []
+    adapter.net.register_forward_pre_hook(lambda _, args: calls.append(args))
+    scores = adapter(
+        [Trajectory(prompt=Prompt(text=""), segments=s, group=0, member=0) for s in segments]
+    )
+    ((pack, attention),) = calls
+    flat = attention.layout.rows[attention.layout.valid]
+    positions = torch.cat([pack.positions, pack.latent_positions])[flat]
+    assert positions.tolist() == train_input("packed_position_ids").tolist()
+    parameters = dict(adapter.net.named_parameters()) | dict(vision.named_parameters())
+    velocity = torch.cat([v[0] for v in scores.velocity])
+    target = torch.cat([noise[i] - latents[i] for i in (1, 2)])
+    check_training(-scores.text[0], velocity, parameters, target)
+
+
+# ---- l
+
+
+@pytest.mark.parametrize("mode", ["constant", "monotonic"])
+def test_density_of_a_step_token_by_token(mode: str) -> None:
+    """Group l, R3's log-probabilities: one number a token; test_flow.py compares everything else."""
+    described = re.search(
+        r"constant_eta=([\d.]+)", INFO["tensors"][f"l_sde/r3_{mode}_mean"]["desc"]
+    )
+    assert described
+    grid, constant = CASES["l_sde/grid"], float(described[1])
+    x, v, x_next = (CASES[f"l_sde/{name}"] for name in ("x_t", "v", "x_next"))
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(grid.tolist())):
+        eta = constant * (math.sqrt(sigma / (1 - min(sigma, 0.95))) if mode == "monotonic" else 1)
+        mean, std = transition(v, x, sigma, sigma_next, eta=eta, kind="dance")
+        found = log_prob(x_next.unsqueeze(1), mean.unsqueeze(1), std)
+        expected = CASES[f"l_sde/r3_{mode}_logprob"][i]
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6)  # float32 on both sides
+
+
+# ---- what the vectors do not exercise
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> BagelAdapter:
+    """Load a tiny checkpoint as a user does; its words are far from equally probable."""
+    adapter = BagelAdapter.from_pretrained(write_checkpoint(tmp_path_factory.mktemp("bagel")))
+    adapter.materialize()
+    with torch.no_grad():
+        adapter.net.language_model.lm_head.weight.mul_(8)
+    return adapter.eval()
+
+
+def next_word(adapter: BagelAdapter, context: list[Any], fed: list[int]) -> Tensor:
+    """Return the logits ``[V]`` behind a text that has been fed so far, by a cache of its own."""
+    cache, active = adapter.prefill([context]), torch.ones(1, dtype=torch.bool)
+    logits = adapter.next_logits(cache, None, active)
+    for token in fed:
+        logits = adapter.next_logits(cache, torch.tensor([token]), active)
+    return logits[0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_words_are_drawn_from_the_tempered_logits(
+    published: BagelAdapter, temperature: float
+) -> None:
+    """The first and the second word, each at evenly spread uniforms: frequencies are exact to 1 / n."""
+    num = 2000
+    context = published.tokenize(Prompt(text="a red cube"))
+    cache = published.prefill([context])
+    even = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    middle = torch.full_like(even, 0.5)
+    fed: list[int] = []
+    for uniforms in ([even, middle], [middle, even]):
+        texts = sample_text(
+            published,
+            cache.expand([num]),
+            torch.stack(uniforms, 1),
+            max_tokens=2,
+            temperature=temperature,
+        )
+        drawn = torch.stack([text.tokens[len(fed)] for text in texts])
+        expected = (next_word(published, context, fed).double() / temperature).softmax(0)
+        assert expected.max() > 2 / len(expected)
+        frequency = torch.bincount(drawn, minlength=len(expected)) / num
+        torch.testing.assert_close(frequency.double(), expected, atol=1 / num + 1e-5, rtol=0)
+        scores = torch.stack([t.log_prob[len(fed)] for t in texts if t.log_prob is not None])
+        torch.testing.assert_close(
+            scores.double(), expected[drawn].log(), atol=ATOL / temperature, rtol=0
+        )
+        fed = [int(torch.searchsorted(expected.cumsum(0), 0.5, right=True))]
+    row = Trajectory(prompt=Prompt(text=""), segments=[*context, texts[0]], group=0, member=0)
+    with torch.no_grad():
+        (packed,) = published([row]).text
+    torch.testing.assert_close(packed, texts[0].log_prob, atol=ATOL / temperature, rtol=0)
+
+
+def test_texts_end_at_the_stop_token_or_are_closed(published: BagelAdapter) -> None:
+    """A stopped row is fed no more; one that was cut off gets the stop token as a mark."""
+    num, limit = 200, 12
+    context = published.tokenize(Prompt(text="a red cube"))
+    cache = published.prefill([context])
+    first = int(cache.positions)
+    rows = cache.expand([num])
+    uniforms = Draws(0, 0).uniforms([Start(Prompt(text=""), 0, m) for m in range(num)], 0, limit)
+    texts = sample_text(published, rows, uniforms, max_tokens=limit, temperature=2.0)
+    stopped = [b for b, text in enumerate(texts) if text.stopped]
+    cut = [b for b, text in enumerate(texts) if not text.stopped]
+    assert len(stopped) >= 3
+    assert len(cut) >= 3
+    for text in texts:
+        ends = text.tokens == published.stop_token
+        assert int(ends.sum()) == int(text.stopped)
+        assert bool(ends[-1]) is text.stopped
+        assert text.stopped or len(text.tokens) == limit
+    lengths = torch.tensor([len(text.tokens) for text in texts])
+    assert torch.equal(rows.positions, first + lengths)  # bos, and all words but the last
+    published.extend(rows, texts)
+    few = stopped[:3] + cut[:3]
+    closed = [
+        TextSegment(tokens=torch.cat([texts[b].tokens, torch.tensor([published.stop_token])]))
+        if b in cut
+        else TextSegment(tokens=texts[b].tokens)
+        for b in few
+    ]
+    whole = published.prefill([[*context, text] for text in closed])
+    words = torch.tensor([len(text.tokens) - 1 for text in closed])
+    assert torch.equal(whole.positions, first + 1 + words + 1)
+    found = rows.select(torch.tensor(few))
+    assert torch.equal(found.positions, whole.positions)
+    assert torch.equal(found.lengths, whole.lengths)
+    noise = torch.randn(6, 4, published.latent_channels, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((6,), 0.8)
+    torch.testing.assert_close(
+        published.velocity(found, noise, sigma, (2, 2)),
+        published.velocity(whole, noise, sigma, (2, 2)),
+        atol=ATOL,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
+def test_the_network_is_told_the_shifted_level(published: BagelAdapter, shift: float) -> None:
+    """``S t / (1 + (S - 1) t)`` in the rollout, in its record, and again in the packed pass."""
+    num = 7
+    sampling = Sampling(
+        plan=("image",), num_timesteps=num, schedule="points", shift=shift, window_size=3
+    )
+    start = Start(Prompt(text="a red cube", size=(16, 24)), 0, 0)
+    told: list[Tensor] = []
+    hook = published.net.time_embedder.register_forward_pre_hook(
+        lambda _, args: told.append(args[0])
+    )
+    ((trajectory,),) = rollout(published, [start], sampling)
+    with torch.no_grad():
+        scores = published([trajectory])
+    hook.remove()
+    t = 1 - torch.arange(num, dtype=torch.float64) / (num - 1)
+    expected = (shift * t / (1 + (shift - 1) * t)).float()
+    torch.testing.assert_close(torch.cat(told[:-1]), expected[:-1], atol=1e-7, rtol=0)
+    image = trajectory.segments[-1]
+    assert isinstance(image, ImageSegment)
+    assert image.sigmas is not None
+    window = slice(image.start, image.start + 4)
+    torch.testing.assert_close(image.sigmas, expected[window], atol=1e-7, rtol=0)
+    torch.testing.assert_close(told[-1], expected[window][:-1], atol=1e-7, rtol=0)
+    torch.testing.assert_close(scores.velocity[0], image.velocity, atol=ATOL, rtol=0)
+
+
+# ---- the table of cases
+
+
+ELSEWHERE = ("l_sde/",)
+"""Groups that test_flow.py reads by a pattern: whatever it is called, it is compared."""
+
+
+def test_every_tensor_is_compared(request: pytest.FixtureRequest) -> None:
+    """A case that is added to the files needs a test; inputs (``in/``) may be left over.
+
+    Says something only behind all other tests of this file.
+    """
+    module = request.module
+    tests = [value for name, value in vars(module).items() if name.startswith("test_")]
+    marks = [getattr(test, "pytestmark", []) for test in tests]
+    sizes = [[len(m.args[1]) for m in found if m.name == "parametrize"] for found in marks]
+    if len(RAN) < sum(map(math.prod, sizes)):
+        pytest.skip("only some of this file's tests ran before it")
+    results = {name for name in CASES if not name.startswith(("in/", *ELSEWHERE))}
+    assert sorted(results - CASES.read) == []
+    assert INFO["tensors"].keys() == CASES.keys()

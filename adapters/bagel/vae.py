@@ -44,7 +44,8 @@ class BagelVAE(nn.Module):
             images: ``[B, 3, H, W]`` in [-1, 1], sides multiples of a token's pixels.
             generator: of the posterior's sample; ``None`` takes its mean.
         """
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        with torch.autocast(images.device.type, enabled=False):
+            posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
         return patchify(self.scale * (z.float() - self.shift), self.patch)
 
@@ -52,7 +53,8 @@ class BagelVAE(nn.Module):
     def decode(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Return ``[B, 3, H, W]`` float32 in about [-1, 1] for tokens ``[B, N, C]``."""
         z = unpatchify(tokens.float(), grid, self.patch) / self.scale + self.shift
-        pixels: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
+        with torch.autocast(z.device.type, enabled=False):
+            pixels: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
         return pixels.float()
 
 
