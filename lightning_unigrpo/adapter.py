@@ -9,9 +9,10 @@ not. Backbones never see rewards, advantages or strategies.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from lightning_unigrpo.types import (
     Prompt,
     Scores,
     Segment,
+    TextSegment,
     Trajectory,
 )
 
@@ -68,9 +70,51 @@ class Footprint(NamedTuple):
     """Bytes per trajectory."""
 
     cache: int
-    """Keys and values at the end of a rollout."""
+    """Keys and values of a rollout, when they are most."""
     activations: int
     """What a forward keeps for its backward."""
+
+
+GIB = 1 << 30
+
+
+def rows_within(gib: float | None, nbytes: int, at_most: int | None = None) -> int | None:
+    """Return how many rows of so many bytes fit into a budget, at least one.
+
+    ``min(at_most, max(1, floor(gib * 2^30 / nbytes)))``
+
+    Args:
+        gib: the budget, GiB, > 0; ``None`` = no budget.
+        nbytes: of a row, > 0.
+        at_most: another bound, >= 1; ``None`` = none.
+
+    Returns:
+        A number of rows; ``None`` = any.
+
+    Example:
+        >>> rows_within(1.0, 300 * 2**20), rows_within(1.0, 300 * 2**20, at_most=2)
+        (3, 2)
+        >>> rows_within(0.1, 300 * 2**20), rows_within(None, 300 * 2**20)
+        (1, None)
+    """
+    fit = None if gib is None else max(1, int(gib * GIB / nbytes))
+    return min((bound for bound in (fit, at_most) if bound is not None), default=None)
+
+
+def too_small(gib: float | None, nbytes: int, key: str) -> str | None:
+    """Say that a budget does not hold one row, in words; None when it does.
+
+    Args:
+        gib: the budget, GiB; ``None`` = no budget.
+        nbytes: of a row.
+        key: the setting of the budget.
+    """
+    if gib is None or nbytes <= gib * GIB:
+        return None
+    return (
+        f"{key} is {gib:g}, but a single trajectory needs {nbytes / GIB:.3g} GiB: they are run one at a "
+        f"time, beyond the budget. Raise {key}, or shorten texts and images."
+    )
 
 
 SIZES_ONLY: ContextVar[bool] = ContextVar("SIZES_ONLY", default=False)
@@ -98,8 +142,6 @@ class Adapter(nn.Module, ABC):
     """C of the latent tokens (continuous images)."""
     image_policy: ClassVar[Literal["flow", "tokens"]] = "flow"
     """Whether images are continuous latents or discrete codes."""
-    mixes_dtypes: bool = False
-    """Whether ``net`` will hold weights of more than one dtype, which FSDP cannot shard; FSDP2 can."""
 
     # ---- from the user's request to given segments, and back to words and pixels
 
@@ -228,13 +270,27 @@ class Adapter(nn.Module, ABC):
             steps: which of the K window steps to score (a slice of ``range(K)``).
         """
 
-    def footprint(self, sampling: Sampling, *, prompt_tokens: int, dtype: torch.dtype) -> Footprint:
-        """Return the bytes that sampling and learning need per trajectory; for ``unigrpo estimate``.
+    def footprint(
+        self,
+        sampling: Sampling,
+        *,
+        prompt_tokens: int,
+        dtype: torch.dtype,
+        prompt: Prompt | None = None,
+        evaluate: bool = False,
+    ) -> Footprint:
+        """Return the bytes that sampling and learning need per trajectory, texts at their longest.
+
+        For ``sampling.cache_gib``, ``optim.activation_gib`` and ``unigrpo estimate``. A longer request must
+        never need less.
 
         Args:
             sampling: plan, lengths, window.
-            prompt_tokens: words of a request.
+            prompt_tokens: words of a request; what every prompt begins with is added to them.
             dtype: of computation.
+            prompt: whose image size and input images (their shapes alone) count; ``None`` = an image of
+                the default size and no input images.
+            evaluate: whether in evaluation, which may hold caches for guidance as well.
 
         Raises:
             NotImplementedError: when the adapter does not say.
@@ -251,12 +307,38 @@ class Adapter(nn.Module, ABC):
         """Return the submodules of ``net`` that a sharding strategy gathers one at a time."""
         return []
 
+    def unreached(self, plan: Sequence[str]) -> list[nn.Parameter]:
+        """Return the weights of ``net`` that no forward of such trajectories uses; they are not trained.
+
+        Data-parallel ranks wait for a gradient of every weight that is.
+
+        Args:
+            plan: ``text`` and ``image``, the sampled segments in order.
+        """
+        return []
+
+    def idle(self) -> None:
+        """Call ``net`` once, for nothing: ranks whose rows are done keep step with the others."""
+        none = torch.zeros(0, dtype=torch.bool, device=next(self.net.parameters()).device)
+        self.next_logits(self.prefill([]), None, none)
+
     def frozen_modules(self) -> list[nn.Module]:
         """Return the parts outside ``net`` (VAE, ViT) that must follow the device."""
         return []
 
+    def fill(self, part: nn.Module, prefix: str) -> None:
+        """Load the weights of a part of ``net`` that are on the meta device; nothing to do by default.
+
+        Sharding strategies ask for one unit at a time, so that no rank holds the whole network.
+
+        Args:
+            part: a submodule of ``net`` (or of a copy), or all of it.
+            prefix: of its names in ``net``.
+        """
+
     def materialize(self) -> None:
-        """Load the weights of a ``net`` that was built on the meta device; nothing to do by default."""
+        """Load all that is still on the meta device, frozen parts too; :meth:`fill` by default."""
+        self.fill(self.net, "")
 
     def reference(self) -> AbstractContextManager[None] | None:
         """Return a context in which ``net`` is the reference policy (LoRA off), or None for a frozen twin."""
@@ -265,6 +347,59 @@ class Adapter(nn.Module, ABC):
     def defaults(self) -> Defaults | None:
         """Return prompts and rewards for a user who brings none; None = there are none."""
         return None
+
+
+def largest_footprint(
+    adapter: Adapter,
+    prompts: Iterable[Prompt],
+    sampling: Sampling,
+    *,
+    dtype: torch.dtype,
+    evaluate: bool = False,
+) -> Footprint:
+    """Return the bytes per trajectory that suffice for any chunk of these prompts.
+
+    That of the longest request with the most demanding images: rows of a chunk are padded to each other.
+    Where images differ in size the cache counts twice, because a rollout draws the rows of each size from
+    a copy.
+
+    Args:
+        adapter: with a footprint.
+        prompts: at least one; walked through once.
+        sampling: plan, lengths, window.
+        dtype: of computation.
+        evaluate: whether in evaluation.
+
+    Raises:
+        NotImplementedError: when the adapter has none.
+    """
+    longest, bare = 0, {}
+    for prompt in prompts:
+        # Without pixels: to encode them is expensive, and those of a whole data set would not fit.
+        shapes = tuple(pixels.shape for pixels in prompt.images)
+        images = tuple(torch.empty(shape, device="meta") for shape in shapes)
+        bare[prompt.size, shapes] = Prompt(text="", size=prompt.size, images=images)
+        longest = max(longest, _num_words(adapter, replace(prompt, images=())))
+    found = [
+        adapter.footprint(
+            sampling,
+            prompt_tokens=longest - _num_words(adapter, Prompt(text="")),
+            dtype=dtype,
+            prompt=prompt,
+            evaluate=evaluate,
+        )
+        for prompt in bare.values()
+    ]
+    copies = 2 if len({adapter.image_grid(prompt) for prompt in bare.values()}) > 1 else 1
+    return Footprint(
+        cache=copies * max(each.cache for each in found),
+        activations=max(each.activations for each in found),
+    )
+
+
+def _num_words(adapter: Adapter, prompt: Prompt) -> int:
+    segments = adapter.tokenize(prompt)
+    return sum(len(s.tokens) for s in segments if isinstance(s, TextSegment))
 
 
 def token_log_probs(

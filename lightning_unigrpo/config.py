@@ -10,14 +10,24 @@ says so and gives the reason for our default.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_memory(key: str, gib: float | None) -> None:
+    _require(
+        gib is None or 0 < gib < math.inf,
+        f"{key} is {gib}; give a positive number of GiB, or leave it out.",
+    )
 
 
 def _off_paper(condition: bool, message: str) -> None:
@@ -65,7 +75,13 @@ class Sampling:
     guidance_scale: float = 1.0
     """Classifier-free guidance of *evaluation* only; 1 = off. Training never uses guidance."""
     rows_per_chunk: int | None = None
-    """Rollouts drawn together; ``None`` = all of a rank. Lower it when memory runs out."""
+    """Rollouts drawn together, at most; ``None`` = all of a rank. Never changes what is drawn."""
+    cache_gib: float | None = None
+    """Memory for keys and values while drawing, GiB: as many rollouts are drawn together as fit, at least
+    one; ``None`` = no such bound. Where ``rows_per_chunk`` is given as well, the smaller number counts."""
+    rollout_weights: Literal["auto", "resident", "sharded"] = "auto"
+    """How rollouts get at sharded weights: gathered once per collection and freed again, or unit by unit at
+    every call, all ranks in step. ``auto`` = resident where they fit, decided once. Changes no number."""
     seed: int | None = None
     """Keys every random draw together with iteration, prompt, member, round and phase; ``None`` = the
     seed of ``seed_everything``, else 0."""
@@ -116,6 +132,7 @@ class Sampling:
             self.rows_per_chunk is None or self.rows_per_chunk >= 1,
             f"sampling.rows_per_chunk is {self.rows_per_chunk}; give 1 or more, or leave it out.",
         )
+        _require_memory("sampling.cache_gib", self.cache_gib)
 
     def _check_window(self) -> None:
         low, high = self.window_range
@@ -137,6 +154,17 @@ def num_steps(num_timesteps: int, schedule: Literal["points", "steps"]) -> int:
         (24, 25)
     """
     return num_timesteps - 1 if schedule == "points" else num_timesteps
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of matrix products under a ``trainer.precision``.
+
+    Example:
+        >>> compute_dtype("bf16-mixed"), compute_dtype("32-true")
+        (torch.bfloat16, torch.float32)
+    """
+    known = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return known.get(precision.split("-")[0], torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +281,13 @@ class Optim:
     updates_per_rollout: int = 1
     """Disjoint parts of a collection, one optimizer step each, in every pass."""
     micro_batch_size: int | None = None
-    """Trajectories per forward and backward; ``None`` = all of an update. Never changes the result."""
+    """Trajectories per forward and backward, at most; ``None`` = all of an update. Never changes the
+    result."""
+    activation_gib: float | None = None
+    """Memory for what a forward keeps for its backward, GiB: as many trajectories go into a micro-batch as
+    fit, at least one; ``None`` = no such bound. Where ``micro_batch_size`` is given as well, the smaller
+    number counts. On top come the copies of weights that a mixed precision makes, and what is there in
+    passing, such as the logits of all words, several times."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -275,6 +309,7 @@ class Optim:
             self.micro_batch_size is None or self.micro_batch_size >= 1,
             f"optim.micro_batch_size is {self.micro_batch_size}; give 1 or more, or leave it out.",
         )
+        _require_memory("optim.activation_gib", self.activation_gib)
         _require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"optim.max_grad_norm is {self.max_grad_norm}; give a positive norm or null.",

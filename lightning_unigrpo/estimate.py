@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_unigrpo.config import num_steps
+from lightning_unigrpo.adapter import rows_within, too_small
+from lightning_unigrpo.config import compute_dtype, num_steps
 from lightning_unigrpo.module import UniGRPOModule
 
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
@@ -38,10 +39,7 @@ class Setup:
     @property
     def compute(self) -> torch.dtype:
         """The dtype of matrix products."""
-        names = (("bf16", torch.bfloat16), ("16", torch.float16))
-        return next(
-            (dtype for name, dtype in names if self.precision.startswith(name)), torch.float32
-        )
+        return compute_dtype(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,10 @@ class Estimate:
     """By what holds it."""
     rollout_rows: int
     """Trajectories that are drawn together."""
+    update_rows: int
+    """Trajectories of one forward while learning."""
+    too_small: list[str]
+    """What a budget does not hold, in words."""
     decode_steps: int
     """Text forwards of an iteration, at the longest."""
     denoise_steps: int
@@ -116,10 +118,17 @@ def estimate(module: UniGRPOModule, setup: Setup) -> Estimate:
     needs_twin = module.objective.needs_reference and adapter.reference() is None
     foot = adapter.footprint(sampling, prompt_tokens=setup.prompt_tokens, dtype=setup.compute)
     rows = -(-setup.prompts_per_iteration * sampling.group_size // setup.ranks)
-    together = min(rows, sampling.rows_per_chunk or rows)
+    together = min(
+        rows, rows_within(sampling.cache_gib, foot.cache, sampling.rows_per_chunk) or rows
+    )
     chunks = -(-rows // together)
     per_step = -(-rows // optim.updates_per_rollout)
-    batch = min(per_step, optim.micro_batch_size or per_step)
+    fit = rows_within(optim.activation_gib, foot.activations, optim.micro_batch_size)
+    batch = min(per_step, fit or per_step)
+    missing = (
+        too_small(sampling.cache_gib, foot.cache, "model.sampling.cache_gib"),
+        too_small(optim.activation_gib, foot.activations, "model.optim.activation_gib"),
+    )
     frozen = [p for child in adapter.frozen_modules() for p in child.parameters()]
     mixed = "mixed" in setup.precision
     cast = [p for p in linear if mixed and p.dtype != setup.compute]
@@ -144,6 +153,8 @@ def estimate(module: UniGRPOModule, setup: Setup) -> Estimate:
             "activations": batch * foot.activations,
         },
         rollout_rows=together,
+        update_rows=batch,
+        too_small=[text for text in missing if text],
         decode_steps=chunks * sampling.plan.count("text") * sampling.max_text_tokens,
         denoise_steps=chunks * sampling.plan.count("image") * calls,
         reference_forwards=passes if module.objective.needs_reference else 0,
@@ -175,9 +186,12 @@ def report(found: Estimate, setup: Setup) -> None:
         f"an iteration: {found.rollout_rows} rollouts at a time, {found.decode_steps:,} text and "
         f"{found.denoise_steps:,} image forwards, {found.reference_forwards:,} of the reference, "
         f"{found.old_forwards:,} for the old policy; {found.optimizer_steps} optimizer steps of "
-        f"{found.update_forwards:,} forwards and backwards each"
+        f"{found.update_forwards:,} forwards and backwards each, {found.update_rows} trajectories at a time"
     )
+    for text in found.too_small:
+        console.print(text)
     console.print(
-        "Without the allocator's slack, gathered shards, and reward models. Texts are counted at their "
-        f"longest, requests at {setup.prompt_tokens} words."
+        "Without the allocator's slack, gathered shards, copies of weights while learning in a mixed "
+        "precision, and reward models. Texts are counted at their longest, requests at "
+        f"{setup.prompt_tokens} words, without input images."
     )

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,12 +27,19 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_unigrpo import distributed
-from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.adapter import (
+    GIB,
+    Adapter,
+    Footprint,
+    largest_footprint,
+    rows_within,
+    too_small,
+)
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping, penalise_truncation
 from lightning_unigrpo.callbacks.reference import ReferenceVelocity
 from lightning_unigrpo.callbacks.rewards import RewardLogger
-from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
+from lightning_unigrpo.config import Guard, Objective, Optim, Sampling, compute_dtype
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
 from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
@@ -89,6 +99,13 @@ class UniGRPOModule(LightningModule):
         self._rewards = self._choose_rewards(rewards, defaults)
         self._prompts = prompts
         self._guarded = True  # nothing sampled yet that could be compared
+        self._is_configured = False
+        # A list: a bare Module would be registered.
+        self.skeleton: list[nn.Module] = []
+        self.rollout_mode: distributed.Mode | None = None
+        self._micro_batch_size = self.optim.micro_batch_size
+        self._told: set[tuple[str, bool]] = set()
+        self._split: tuple[list[Any], Footprint | None] | None = None
         names = [
             "reward",
             *(f"reward/{n}" for n in reward_names(self._rewards)),
@@ -136,18 +153,28 @@ class UniGRPOModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Read the weights and freeze what will not be trained, before a strategy looks at it."""
-        if self.adapter.mixes_dtypes:
-            distributed.require_one_dtype(self.trainer.strategy)
-        self.adapter.materialize()
-        for module in self.adapter.frozen_modules():  # no strategy moves what is not registered
-            module.to(self.trainer.strategy.root_device).eval().requires_grad_(False)
-        for name, parameters in self.adapter.param_groups().items():
-            if self._learning_rate(name) == 0:
-                for parameter in parameters:
-                    parameter.requires_grad_(False)
+        """Read the weights, freeze what is not trained, and give each rank its part, once."""
+        strategy, adapter = self.trainer.strategy, self.adapter
+        if not self._is_configured:
+            distributed.check_strategy(strategy, adapter.net)
+            self._freeze()
+            if distributed.kind_of(strategy) in ("fsdp", "fsdp2"):
+                self.skeleton = [distributed.skeleton_of(adapter.net)]
+            adapter.net = distributed.shard(
+                adapter.net, adapter.shard_units(), strategy, adapter.fill
+            )
+            adapter.materialize()
+            self._is_configured = True
+        for module in adapter.frozen_modules():  # no strategy moves what is not registered
+            module.to(strategy.root_device).eval().requires_grad_(False)
         for callback in self._callbacks():
             callback.on_configure_model(self.trainer, self)
+
+    def _freeze(self) -> None:
+        groups = self.adapter.param_groups()
+        idle = [p for name, group in groups.items() if not self._learning_rate(name) for p in group]
+        for parameter in (*idle, *self.adapter.unreached(self.sampling.plan)):
+            parameter.requires_grad_(False)
 
     def _learning_rate(self, group: str) -> float:
         return self.optim.text_lr if group == "text" else self.optim.flow_lr
@@ -195,9 +222,12 @@ class UniGRPOModule(LightningModule):
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
+        # Of all prompts, not only this rank's: ranks make the same calls.
+        foot = self._footprint(prompts)
+        rows, self._micro_batch_size = self._rows(foot), self._rows_of_a_forward(foot)
         self.adapter.eval()
         self.adapter.net.zero_grad(set_to_none=True)  # the caches need the memory
-        experience = self._experience(starts, evaluate=False)
+        experience = self._experience(starts, rows, evaluate=False)
         self._call("on_rollout_end", experience)
         self.adapter.train()
         self._call("on_rewards", experience)
@@ -205,22 +235,30 @@ class UniGRPOModule(LightningModule):
         self._guarded = self.guard.action == "off"
         return experience
 
-    def _experience(self, starts: Sequence[Start], *, evaluate: bool) -> Experience:
+    def _experience(
+        self, starts: Sequence[Start], rows: int | None, *, evaluate: bool
+    ) -> Experience:
         trajectories: list[Trajectory] = []
-        weights = distributed.rollout_weights(self.adapter.net)
-        with RewardRunner(self._rewards) as runner, weights:
-            for chunk in rollout(
-                self.adapter,
-                starts,
-                self.sampling,
-                iteration=self.iteration,
-                evaluate=evaluate,
-                progress=self.progress,
-            ):
-                trajectories += chunk
-                self.progress("reward", len(trajectories), len(starts))
-                runner.submit(chunk)
-            matrix, details = runner.finish(check=False)  # grouping asks over all ranks
+        error: Exception | None = None
+        runner = RewardRunner(self._rewards)
+        try:
+            with runner:
+                with self._rollout_weights():
+                    for chunk in rollout(
+                        self.adapter,
+                        starts,
+                        replace(self.sampling, rows_per_chunk=rows),
+                        iteration=self.iteration,
+                        evaluate=evaluate,
+                        progress=self.progress,
+                    ):
+                        trajectories += chunk
+                        self.progress("reward", len(trajectories), len(starts))
+                        runner.submit(chunk)
+                matrix, details = runner.finish(check=False)  # grouping asks over all ranks
+        except Exception as raised:  # whatever a backbone or a required reward raises
+            error = raised
+        distributed.agree(error)
         for trajectory, row in zip(trajectories, matrix.tolist(), strict=True):
             trajectory.rewards = dict(zip(runner.names, row, strict=True))
         return Experience(
@@ -231,6 +269,24 @@ class UniGRPOModule(LightningModule):
             reward_weights=runner.weights.to(self.device),
             details=details,
         )
+
+    def _rollout_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which ``adapter.net`` may be called for one token at a time."""
+        if not self.skeleton:
+            return distributed.cast_once(self.adapter.net)
+        strategy, (skeleton,) = self.trainer.strategy, self.skeleton
+        if self.rollout_mode is None:
+            self.rollout_mode = distributed.choose(
+                self.sampling.rollout_weights, skeleton, strategy
+            )
+            size = distributed.bytes_when_whole(skeleton, strategy) / GIB
+            rank_zero_info(
+                f"model.sampling.rollout_weights: {self.rollout_mode} (whole they take {size:.3g} GiB "
+                "on each rank)"
+            )
+        if self.rollout_mode == "resident":
+            return distributed.resident(self.adapter, skeleton, strategy)
+        return distributed.lockstep(self.adapter.net, self.adapter.idle)
 
     @torch.no_grad()
     def recompute_old(self, experience: Experience) -> None:
@@ -283,14 +339,14 @@ class UniGRPOModule(LightningModule):
                 yield [trajectories[i] for i in sorted(part)]
 
     def micro_batches(self, trajectories: list[Trajectory]) -> Iterator[list[Trajectory]]:
-        """Cut trajectories into forwards of at most ``optim.micro_batch_size``."""
-        size = self.optim.micro_batch_size or len(trajectories)
+        """Cut trajectories into forwards of what ``optim.micro_batch_size`` and ``activation_gib`` allow."""
+        size = self._micro_batch_size or len(trajectories)
         for first in range(0, len(trajectories), size):
             yield trajectories[first : first + size]
 
     def num_micro_batches(self, trajectories: list[Trajectory]) -> int:
         """Return how many forwards :meth:`micro_batches` makes of them."""
-        return -(-len(trajectories) // (self.optim.micro_batch_size or len(trajectories)))
+        return -(-len(trajectories) // (self._micro_batch_size or len(trajectories)))
 
     def update(self, minibatch: list[Trajectory], experience: Experience) -> None:
         """Make one optimizer step on a part of the experience."""
@@ -310,12 +366,16 @@ class UniGRPOModule(LightningModule):
                 sampling=self.sampling,
                 counts=counts,
             )
-            # Data-parallel strategies average gradients over ranks; our counts are already global.
-            self.manual_backward(loss * distributed.world_size())
+            is_last = done + 1 == self.num_micro_batches(minibatch)
+            with nullcontext() if is_last else distributed.no_sync(self.trainer.strategy):
+                # Data-parallel strategies average gradients over ranks; our counts are already global.
+                self.manual_backward(loss * distributed.world_size())
             metrics.add(found)
             self.progress("update", done + 1, self.num_micro_batches(minibatch))
         self._check(mismatches, experience)
-        norms = distributed.clip_grad_norms(self._trainable(), self.optim.max_grad_norm)
+        norms = distributed.clip_grad_norms(
+            self._trainable(), self.optim.max_grad_norm, self.adapter.net
+        )
         optimizer.step()
         cast(Any, self.lr_schedulers()).step()
         experience.metrics |= distributed.reduce_named(metrics.sums, metrics.maxima)
@@ -352,6 +412,77 @@ class UniGRPOModule(LightningModule):
         """Whether the run computes in float32 or better."""
         return str(self.trainer.precision) in {"32-true", "64-true"}
 
+    # ---- how much fits into memory
+
+    @override
+    def on_fit_start(self) -> None:
+        """Refuse a budget that this adapter cannot count with, before anything is drawn."""
+        self._told.clear()
+        self._footprint([Prompt(text="")])
+
+    def _footprint(self, prompts: Iterable[Prompt], *, evaluate: bool = False) -> Footprint | None:
+        """Return what a trajectory of these prompts takes, at most; None where no budget asks."""
+        gib = (self.sampling.cache_gib, self.optim.activation_gib)
+        if gib == (None, None):
+            return None
+        dtype = compute_dtype(str(self.trainer.precision))
+        try:
+            return largest_footprint(
+                self.adapter, prompts, self.sampling, dtype=dtype, evaluate=evaluate
+            )
+        except NotImplementedError as error:
+            keys = (
+                ("model.sampling.cache_gib", "model.sampling.rows_per_chunk"),
+                ("model.optim.activation_gib", "model.optim.micro_batch_size"),
+            )
+            given = [pair for pair, budget in zip(keys, gib, strict=True) if budget is not None]
+            key, instead = map(" and ".join, zip(*given, strict=True))
+            raise ValueError(
+                f"{key}: {type(self.adapter).__name__} has no footprint(...) that tells how large a "
+                f"trajectory is. Leave it out, and set {instead} instead."
+            ) from error
+
+    def _rows(self, foot: Footprint | None, where: str = "drawn together") -> int | None:
+        """Return how many rollouts are drawn together; None = all of a rank."""
+        gib, most = self.sampling.cache_gib, self.sampling.rows_per_chunk
+        return self._fitting("model.sampling.cache_gib", gib, foot and foot.cache, most, where)
+
+    def _rows_of_a_forward(self, foot: Footprint | None) -> int | None:
+        """Return how many trajectories are in a micro-batch; None = all of an update."""
+        gib, most = self.optim.activation_gib, self.optim.micro_batch_size
+        nbytes = foot and foot.activations
+        return self._fitting("model.optim.activation_gib", gib, nbytes, most, "in a forward")
+
+    def _fitting(
+        self, key: str, gib: float | None, nbytes: int | None, at_most: int | None, where: str
+    ) -> int | None:
+        """Count rows, and say once what was found."""
+        if gib is None or nbytes is None:
+            return at_most
+        rows, problem = rows_within(gib, nbytes, at_most), too_small(gib, nbytes, key)
+        if (where, problem is None) not in self._told:
+            self._told.add((where, problem is None))
+            if problem is not None:
+                rank_zero_warn(problem)
+            else:
+                size = nbytes / GIB
+                rank_zero_info(f"{key} {gib:g}: {rows} trajectories {where}, {size:.3g} GiB each")
+        return rows
+
+    def _rows_of_a_split(self, stage: str) -> int | None:
+        """Return how many rollouts of a split are drawn together.
+
+        By the longest prompt of the whole split: ranks hold other batches of it, and those that went by
+        their own batch would make other numbers of calls.
+        """
+        if self.sampling.cache_gib is None:
+            return self.sampling.rows_per_chunk
+        loaders = getattr(self.trainer, f"{stage}_dataloaders")
+        data = [each.dataset for each in (loaders if isinstance(loaders, list) else [loaders])]
+        if self._split is None or self._split[0] != data:  # reading input images takes a while
+            self._split = data, self._footprint(chain.from_iterable(data), evaluate=True)
+        return self._rows(self._split[1], "drawn together in evaluation")
+
     # ---- evaluation
 
     @override
@@ -365,7 +496,7 @@ class UniGRPOModule(LightningModule):
     def _evaluate(self, prompts: Sequence[Prompt], stage: str) -> Experience:
         """Draw one trajectory per prompt (greedy text, ODE, guidance if asked for) and score it."""
         starts = [Start(prompt, prompt.id, 0) for prompt in prompts]
-        experience = self._experience(starts, evaluate=True)
+        experience = self._experience(starts, self._rows_of_a_split(stage), evaluate=True)
         scores = evaluation_values(experience, self.objective)
         for trajectory, reward in zip(
             experience.trajectories, scores["reward"].tolist(), strict=True
@@ -383,8 +514,10 @@ class UniGRPOModule(LightningModule):
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[Trajectory]:
         """Return one trajectory per prompt, unscored: a user's prompt has no label."""
         starts = [Start(prompt, prompt.id, 0) for prompt in batch]
-        chunks = rollout(self.adapter, starts, self.sampling, evaluate=True, progress=self.progress)
-        return [trajectory for chunk in chunks for trajectory in chunk]
+        sampling = replace(self.sampling, rows_per_chunk=self._rows_of_a_split("predict"))
+        with self._rollout_weights():
+            chunks = rollout(self.adapter, starts, sampling, evaluate=True, progress=self.progress)
+            return [trajectory for chunk in chunks for trajectory in chunk]
 
     # ---- prompts, when the user brings no datamodule
 
@@ -433,10 +566,13 @@ class UniGRPOModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["iteration"] = self.iteration
+        checkpoint["rollout_mode"] = self.rollout_mode
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.iteration = checkpoint.get("iteration", 0)
+        if self.sampling.rollout_weights == "auto":
+            self.rollout_mode = checkpoint.get("rollout_mode")
 
 
 def _seeded(sampling: Sampling) -> Sampling:

@@ -17,7 +17,7 @@ from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attentio
 from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.adapters.bagel.guidance import Guidance
 from lightning_unigrpo.adapters.bagel.packing import Packer, position_ids
-from lightning_unigrpo.distributed import rollout_weights
+from lightning_unigrpo.distributed import cast_once
 from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
@@ -867,11 +867,11 @@ def test_weights_cast_once_for_a_rollout(generator: torch.Generator, autocast: b
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
         expected = draw()
-        with rollout_weights(adapter.net):
+        with cast_once(adapter.net):
             kept = adapter.net.language_model.lm_head.weight
             assert kept.dtype == (torch.bfloat16 if autocast else torch.float32)
             assert all(torch.equal(a, b) for a, b in zip(draw(), expected, strict=True))
-        with pytest.raises(KeyError), rollout_weights(adapter.net):
+        with pytest.raises(KeyError), cast_once(adapter.net):
             raise KeyError
     for name, p in adapter.net.named_parameters():
         assert torch.equal(p, before[name])

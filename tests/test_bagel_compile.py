@@ -14,7 +14,7 @@ from lightning_unigrpo.adapters.bagel import BagelAdapter
 from lightning_unigrpo.adapters.bagel.adapter import GRAIN
 from lightning_unigrpo.adapters.bagel.attention import NextWord
 from lightning_unigrpo.adapters.bagel.lora import LoRA
-from lightning_unigrpo.distributed import rollout_weights
+from lightning_unigrpo.distributed import cast_once
 from lightning_unigrpo.rollout import sample_text
 from lightning_unigrpo.types import Scores, Segment, TextSegment, Trajectory
 from tests.test_bagel import (
@@ -85,7 +85,7 @@ def test_a_graph_per_half_grad_mode_and_precision(
         seen.append(counter.frame_count)
         adapter.net.zero_grad()  # as a collection begins
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            with rollout_weights(adapter.net):
+            with cast_once(adapter.net):
                 sampling_path(adapter, rows)
             seen.append(counter.frame_count)
             with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.bagel import BagelAdapter, load_bagel
-from lightning_unigrpo.adapters.bagel.lora import LoRA, merged_state
+from lightning_unigrpo.adapters.bagel.lora import LoRA, merged
 from lightning_unigrpo.cli import run
 from lightning_unigrpo.testing import check_adapter
 from lightning_unigrpo.types import Prompt
@@ -205,7 +205,7 @@ def test_merging_is_the_adapters_formula(folder: Path) -> None:
     state = {n: p.double() for n, p in adapter.net.named_parameters() if n.startswith(name)}
     product = state[f"{name}.lora_B.default.weight"] @ state[f"{name}.lora_A.default.weight"]
     expected = state[f"{name}.base_layer.weight"] + 3.0 * product
-    found = merged_state(adapter.net)[f"{name}.weight"]
+    found = merged(adapter.net.state_dict(), LoRA(rank=2, alpha=6.0))[f"{name}.weight"]
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +14,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_unigrpo import Objective, Optim, PromptDataModule, Sampling, UniGRPOModule
-from lightning_unigrpo.adapters.bagel import BagelAdapter, attention
+from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attention
+from lightning_unigrpo.adapters.bagel import adapter as bagel
+from lightning_unigrpo.adapters.bagel.cache import BagelCache
 from lightning_unigrpo.cli import run_estimate
+from lightning_unigrpo.config import compute_dtype
 from lightning_unigrpo.estimate import Setup, estimate
+from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory
 from tests.published import CONFIG
 from tests.test_bagel import Ids
@@ -35,8 +46,8 @@ SIZE = replace(
 )
 
 
-def build(**settings: Any) -> BagelAdapter:
-    return BagelAdapter(SIZE, Ids(), default_size=(64, 64), **settings)
+def build(config: BagelConfig = SIZE, **settings: Any) -> BagelAdapter:
+    return BagelAdapter(config, Ids(), default_size=(64, 64), **settings)
 
 
 def longest(adapter: BagelAdapter, sampling: Sampling) -> Trajectory:
@@ -61,7 +72,7 @@ def longest(adapter: BagelAdapter, sampling: Sampling) -> Trajectory:
     return Trajectory(prompt=Prompt(text=""), segments=segments, group=0, member=0)
 
 
-def kept_for_backward(adapter: BagelAdapter, trajectory: Trajectory) -> int:
+def kept_for_backward(adapter: BagelAdapter, trajectories: Sequence[Trajectory]) -> int:
     """Return the bytes that autograd holds after a forward, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in adapter.parameters()}
     alive: list[torch.Tensor] = []
@@ -71,10 +82,48 @@ def kept_for_backward(adapter: BagelAdapter, trajectory: Trajectory) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        scores = adapter([trajectory])
+        scores = adapter(trajectories)
     found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
     assert scores.text
     return sum(size for pointer, size in found.items() if pointer not in weights)
+
+
+class Alive(TorchDispatchMode):
+    """Adds up what was made and is still held: checkpointing hides the inputs it keeps from autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+
+def alive_after_forward(adapter: BagelAdapter, trajectories: Sequence[Trajectory]) -> int:
+    weights = {p.untyped_storage()._cdata for p in adapter.parameters()}
+    with Alive() as mode:
+        scores = adapter(trajectories)
+        gc.collect()
+        made = [m for address, m in mode.made.items() if address not in weights]
+        found = sum(size for storage, size in made if not storage.expired())
+    assert scores.text
+    return found
+
+
+def precisions(name: str, adapter: BagelAdapter) -> AbstractContextManager[Any]:
+    """Return the context of ``trainer.precision`` and give the weights the dtype they have in it."""
+    if name == "bf16 base":
+        adapter.net.to(torch.bfloat16)
+    if name == "32-true":
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 def sampling(*plan: Any) -> Sampling:
@@ -83,71 +132,109 @@ def sampling(*plan: Any) -> Sampling:
     )
 
 
+PRECISIONS = ["32-true", "bf16-mixed", "bf16 base"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_activations(rounds: int, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations(
+    rounds: int, dense: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each trajectory: the copies of weights that autocast makes are there once."""
     if not dense:
         monkeypatch.setattr(attention, "DENSE_LIMIT", 0)
     adapter, settings = build(), sampling(*("text", "image") * rounds)
-    measured = kept_for_backward(adapter, longest(adapter, settings))
-    found = adapter.footprint(settings, prompt_tokens=WORDS, dtype=torch.float32).activations
-    assert found == pytest.approx(measured, rel=0.15)
+    trajectories = [longest(adapter, settings) for _ in range(4)]
+    with precisions(precision, adapter):
+        four, one = (kept_for_backward(adapter, trajectories[:n]) for n in (4, 1))
+    dtype = compute_dtype(precision.replace(" ", "-"))
+    found = adapter.footprint(settings, prompt_tokens=WORDS, dtype=dtype).activations
+    assert found == pytest.approx((four - one) / 3, rel=0.02)
 
 
-def test_activations_with_checkpointing() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_activations_with_checkpointing(precision: str) -> None:
     """What every layer keeps, and one layer that is run again."""
-    plain, saving, settings = build(), build(gradient_checkpointing=True), sampling("text", "image")
-    trajectory = longest(plain, settings)
-    measured = kept_for_backward(saving, trajectory)
-    measured += kept_for_backward(plain, trajectory) // SIZE.num_hidden_layers
-    found = saving.footprint(settings, prompt_tokens=WORDS, dtype=torch.float32).activations
-    assert found == pytest.approx(measured, rel=0.15)
-
-
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_cache(rounds: int) -> None:
-    """Slots to the byte, capacity doublings included."""
-    adapter, settings = build(), sampling(*("text", "image") * rounds)
-    first, *rest = longest(adapter, settings).segments
-    cache = adapter.prefill([[first]])
-    for segment in rest:
-        if isinstance(segment, TextSegment):
-            fed = None
-            for token in segment.tokens:
-                adapter.next_logits(cache, fed, torch.ones(1, dtype=torch.bool))
-                fed = token.unsqueeze(0)
-        else:
-            assert isinstance(segment, ImageSegment)
-            adapter.velocity(cache, segment.latent.unsqueeze(0), torch.ones(1), segment.grid)
-        adapter.extend(cache, [segment])
-    measured = sum(x.nbytes for x in (*cache.keys, *cache.values))
-    assert adapter.footprint(settings, prompt_tokens=WORDS, dtype=torch.float32).cache == measured
+    settings, found = sampling("text", "image", "text", "image"), {}
+    for saving, layers in ((True, 4), (False, 4), (False, 5)):
+        size = replace(SIZE, num_hidden_layers=layers)
+        adapter = build(size, gradient_checkpointing=saving)
+        trajectories = [longest(adapter, settings) for _ in range(3)]
+        with precisions(precision, adapter):
+            three, one = (alive_after_forward(adapter, trajectories[:n]) for n in (3, 1))
+        found[saving, layers] = (three - one) / 2
+    saving = build(gradient_checkpointing=True)
+    precisions(precision, saving)
+    dtype = compute_dtype(precision.replace(" ", "-"))
+    counted = saving.footprint(settings, prompt_tokens=WORDS, dtype=dtype).activations
+    measured = found[True, 4] + found[False, 5] - found[False, 4]
+    assert counted == pytest.approx(measured, rel=0.05)  # four layers: the ends weigh much
 
 
 class Counted(BagelAdapter):
-    """Counts its calls."""
+    """Counts its calls, and the bytes of the caches that are alive in them; writes its texts to the end."""
 
-    def __init__(self) -> None:
-        super().__init__(SIZE, Ids(), default_size=(64, 64))
+    def __init__(self, config: BagelConfig = SIZE, tokenizer: Any = None, **settings: Any) -> None:
+        super().__init__(config, tokenizer or Ids(), **({"default_size": (64, 64)} | settings))
         self.calls: Counter[str] = Counter()
+        self.caches: weakref.WeakSet[BagelCache] = weakref.WeakSet()
+        self.rows: list[int] = []
+        """Of each call on a cache."""
+        self.held = 0
+        """Bytes that caches held together, at most."""
 
     def decode(self, latents: torch.Tensor, grid: Any) -> torch.Tensor:
+        if self.vae is not None:
+            return super().decode(latents, grid)
         return latents.mean((1, 2)).sigmoid().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
-    def next_logits(self, *args: Any) -> Any:
+    def next_logits(self, cache: BagelCache, *args: Any) -> Any:
         self.calls["text"] += 1
-        logits = super().next_logits(*args)
+        logits = super().next_logits(cache, *args)
+        self.watch(cache)
         logits[:, self.stop_token] = -1e4  # texts as long as allowed
         return logits
 
-    def velocity(self, *args: Any) -> Any:
+    def velocity(self, cache: BagelCache, *args: Any) -> Any:
         self.calls["image"] += 1
-        return super().velocity(*args)
+        found = super().velocity(cache, *args)
+        self.watch(cache)
+        return found
+
+    def watch(self, cache: BagelCache) -> None:
+        self.caches.add(cache)
+        self.rows.append(len(cache))
+        held = sum(x.nbytes for each in self.caches for x in (*each.keys, *each.values))
+        self.held = max(self.held, held)
 
     def forward(self, *args: Any) -> Any:
         kind = "update" if torch.is_grad_enabled() else "reference"
         self.calls[kind] += 1
         return super().forward(*args)
+
+
+@pytest.mark.parametrize("grain", [1, 16])
+@pytest.mark.parametrize("system_prompt", [None, "5 6 7"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_cache(
+    rounds: int,
+    precision: str,
+    system_prompt: str | None,
+    grain: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a rollout, to the byte."""
+    adapter, settings = Counted(system_prompt=system_prompt), sampling(*("text", "image") * rounds)
+    monkeypatch.setattr(bagel, "GRAIN", grain)
+    adapter.compile_layers = grain > 1  # shapes as when compiled, without the compiler
+    prompt = Prompt(text=" ".join(["9"] * WORDS))
+    with precisions(precision, adapter):
+        list(rollout(adapter, [Start(prompt, 0, member) for member in range(2)], settings))
+    dtype = compute_dtype(precision.replace(" ", "-"))
+    found = adapter.footprint(settings, prompt_tokens=WORDS, dtype=dtype).cache
+    assert adapter.held == 2 * found
 
 
 def test_forwards_and_bytes_of_an_iteration(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def read_imports(module: str, source: str) -> Iterator[Import]:
 def may_import(importer: list[str], target: list[str], families: frozenset[str]) -> bool:
     """Say whether one module of the package may import another; both as paths below the root."""
     who, what = importer[0], target[0]
-    if who == what and who in {"adapters", "rewards", "callbacks", "testing"}:
+    if who == what and who in {"adapters", "rewards", "callbacks", "testing", "distributed"}:
         foreign = target[1:2] and target[1] in families and target[1] != importer[1]
         return importer[1] == "__init__" or not foreign or (importer[1], target[1]) in VARIANTS
     layer = LAYER.get(who)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
 from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
 from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
-from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, has_lora, lora_off
+from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, lora_off
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
 from lightning_unigrpo.config import Sampling
@@ -88,7 +89,7 @@ class BagelAdapter(Adapter):
         system_prompt: a text before every prompt, in think mode the request to reason.
         default_size: height and width in pixels of an image whose prompt names none.
         posterior: latents of input images are the ``mean`` (reproducible) or a ``sample`` (upstream),
-            drawn by the prompt's id.
+            drawn by the prompt's id and the image's place.
         lora: train low-rank adapters instead of the weights; the base is then the reference, and its dtype
             may be ``bfloat16``.
         guide: how evaluation guides, where ``sampling.guidance_scale`` is above 1.
@@ -140,7 +141,8 @@ class BagelAdapter(Adapter):
         if compile_layers:
             self.net.compile_layers()
         self._freeze()
-        self.mixes_dtypes = lora is not None and self.net.vae2llm.weight.dtype != torch.float32
+        if lora is not None:
+            add_lora(self.net, lora)
 
     def _freeze(self) -> None:
         for part in self.freeze:
@@ -198,15 +200,18 @@ class BagelAdapter(Adapter):
             **settings,
         )
         adapter.source = found
-        adapter.mixes_dtypes = adapter.lora is not None and found.dtype != torch.float32
         return adapter
 
-    def materialize(self) -> None:
-        """Read the weights that :meth:`from_pretrained` left in their files, and put LoRA in."""
+    def fill(self, part: nn.Module, prefix: str) -> None:
+        """Read the weights of a part of ``net`` that :meth:`from_pretrained` left in their files."""
         if self.source is not None:
-            self.source.fill(self)
-        if self.lora is not None and not has_lora(self.net):
-            add_lora(self.net, self.lora)
+            self.source.fill(part, prefix)
+
+    def materialize(self) -> None:
+        """Read all that :meth:`from_pretrained` left in its files."""
+        super().materialize()
+        if self.source is not None:
+            self.source.fill_frozen(self)
 
     def reference(self) -> AbstractContextManager[None] | None:
         """Return the base without its LoRA, where there is one."""
@@ -242,7 +247,7 @@ class BagelAdapter(Adapter):
     def tokenize(self, prompt: Prompt) -> list[Segment]:
         """Return system text, input images and request; Bagel has no chat template."""
         system = [self._words(self.system_prompt)] if self.system_prompt else []
-        images = [self.see(pixels, key=prompt.id) for pixels in prompt.images]
+        images = [self.see(x, key=(prompt.id, n)) for n, x in enumerate(prompt.images)]
         return [*system, *images, self._words(prompt.text)]
 
     def _words(self, text: str) -> TextSegment:
@@ -255,7 +260,7 @@ class BagelAdapter(Adapter):
         return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.config.eos] else ids))
 
     @torch.no_grad()
-    def see(self, pixels: Tensor, *, key: int = 0) -> ImageSegment:
+    def see(self, pixels: Tensor, *, key: tuple[int, ...] = (0,)) -> ImageSegment:
         """Return an input image as later segments see it: latents, and patches if there is a tower.
 
         Args:
@@ -272,7 +277,8 @@ class BagelAdapter(Adapter):
         pixels = latent_resize(self.config)(pixels.to(self.device, torch.float32))
         noise = None
         if self.posterior == "sample":
-            noise = torch.Generator().manual_seed(key)
+            seed = np.random.SeedSequence(key).generate_state(1)
+            noise = torch.Generator().manual_seed(int(seed[0]))
         latent = self.vae.encode(2 * pixels.unsqueeze(0) - 1, noise).squeeze(0)
         side = self.config.pixels_per_token
         grid = (pixels.shape[1] // side, pixels.shape[2] // side)
@@ -281,7 +287,10 @@ class BagelAdapter(Adapter):
 
     @torch.no_grad()
     def look(self, image: ImageSegment) -> ImageSegment:
-        """Show a drawn image as upstream does: decoded, and read again like an input image."""
+        """Show a drawn image as upstream does: decoded, and read again like an input image.
+
+        By the posterior's mean, whatever ``posterior`` says: a sample would need a draw of its own.
+        """
         if self.vae is None:
             return image
         pixels = self.decode(image.latent.unsqueeze(0), image.grid)
@@ -486,7 +495,8 @@ class BagelAdapter(Adapter):
     ) -> Tensor:
         """Return the velocity under text and image guidance; sigma must be the same in all rows."""
         velocity = self.velocity(cache, latents, sigma, grid)
-        low, high = self.guide.interval
+        # In the levels' own precision: 0.4 is a level of several schedules, and float32 rounds it up.
+        low, high = torch.tensor(self.guide.interval, dtype=sigma.dtype).tolist()
         if scale <= 1 or not low < float(sigma[0]) <= high:
             return velocity
         without_text = self.velocity(unconditional.without_text, latents, sigma, grid)
@@ -541,27 +551,51 @@ class BagelAdapter(Adapter):
             position += 1
         return position
 
-    def footprint(self, sampling: Sampling, *, prompt_tokens: int, dtype: torch.dtype) -> Footprint:
-        """Return the bytes per trajectory, for images of the default size."""
+    def footprint(
+        self,
+        sampling: Sampling,
+        *,
+        prompt_tokens: int,
+        dtype: torch.dtype,
+        prompt: Prompt | None = None,
+        evaluate: bool = False,
+    ) -> Footprint:
+        """Return the bytes per trajectory; each cache of guidance counts as much as the rollout's own."""
+        prompt = prompt or Prompt(text="")
         given = prompt_tokens + MARKS
-        if self.system_prompt:  # about four letters to a token
-            given += len(self.system_prompt) // 4 + MARKS
+        if self.system_prompt:
+            # Without a tokenizer sizes are only estimated: about four letters to a token.
+            letters, words = len(self.system_prompt), self.tokenizer
+            given += (len(words.encode(self.system_prompt)) if words else letters // 4) + MARKS
+        for pixels in prompt.images:
+            tokens, patches = self._seen_rows(*latent_resize(self.config).fit(*pixels.shape[1:]))
+            given += tokens + MARKS + (patches + MARKS if patches else 0)
         side = self.config.pixels_per_token
-        height, width = self.default_size
-        patches = 0
-        if self.vision is not None:
-            rule = patch_resize(self.vision.config)
-            rows, columns = rule.fit(height, width)
-            patches = (rows // rule.stride) * (columns // rule.stride)
-        return footprint(
+        tokens, patches = self._seen_rows(*(side * length for length in self.image_grid(prompt)))
+        found = footprint(
             self.config,
             sampling,
-            given_tokens=given,
-            image_tokens=(height // side) * (width // side),
+            given_rows=given,
+            image_tokens=tokens,
             patches=patches,
             gradient_checkpointing=self.net.gradient_checkpointing,
             dtype=dtype,
+            weights=self.net.vae2llm.weight.dtype,
+            grain=GRAIN if self.compile_layers else 1,
         )
+        caches = 1
+        if evaluate and sampling.guidance_scale != 1:
+            caches = 3 if self.guide.image_scale > 1 else 2
+        return found._replace(cache=caches * found.cache)
+
+    def _seen_rows(self, height: int, width: int) -> tuple[int, int]:
+        """Return how many latents and patches an image of so many pixels is seen as."""
+        tokens = height * width // self.config.pixels_per_token**2
+        if self.vision is None:
+            return tokens, 0
+        rule = patch_resize(self.vision.config)
+        height, width = rule.fit(height, width)
+        return tokens, height * width // rule.stride**2
 
     # ---- strategies and optimizers
 
@@ -573,6 +607,15 @@ class BagelAdapter(Adapter):
                 is_flow = "moe_gen" in name or any(part in name for part in FLOW_MODULES)
                 groups["flow" if is_flow else "text"].append(parameter)
         return groups
+
+    def unreached(self, plan: Sequence[str]) -> list[nn.Parameter]:
+        """Return the head without texts, the generation expert without images."""
+        if "image" not in plan:
+            return self.param_groups()["flow"]
+        model = self.net.language_model
+        return (
+            [] if "text" in plan else [*model.lm_head.parameters(), *model.model.norm.parameters()]
+        )
 
     def shard_units(self) -> list[nn.Module]:
         """Return the layers."""

@@ -12,22 +12,28 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.lora import base_name, first_value
+from lightning_unigrpo.adapters.bagel.network import sincos_table
 
 WEIGHTS, AUTOENCODER, INDEX = "ema.safetensors", "ae.safetensors", "ema.safetensors.index.json"
 LLM, VIT = "llm_config.json", "vit_config.json"
@@ -48,10 +54,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint, downloaded if ``source`` is a hub id.
 
-    Downloads resume, show their progress, and respect ``HF_HUB_OFFLINE`` and ``HF_HOME``.
+    Bytes come through hf-xet where the hub offers them so and the package is there, else through HTTP;
+    progress is shown. A connection that closes early is taken up again where it was. After a download that
+    broke off or was stopped, files that were whole are kept; one that was cut begins anew, because
+    huggingface_hub since 1.18 keeps no parts of files. ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_ENDPOINT`` and
+    ``HF_HUB_DISABLE_PROGRESS_BARS`` are respected. Where the hub gives no answer within
+    ``HF_HUB_ETAG_TIMEOUT`` (10 s), the local cache has to do.
+
+    Args:
+        source: a folder, or a hub id.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
-        FileNotFoundError: when there is no such folder, no such repository, or no way to reach it.
+        FileNotFoundError: when there is no such folder, repository or revision, no way to reach it, or the
+            download broke off.
         PermissionError: when the repository asks for an agreement or a token.
     """
     path = Path(source).expanduser()
@@ -63,36 +79,96 @@ def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
             f"adapter.source is {name!r}: neither a folder nor a hub id such as "
             "'ByteDance-Seed/BAGEL-7B-MoT'."
         )
-    # Below 1.0 the hub needs to be asked for its fast path; later ones take hf-xet by themselves.
+    # More connections and gigabytes of buffers; a user's 0 switches them off. hf_xet reads it once, when
+    # it is imported, and huggingface_hub imports it no earlier than its first transfer.
     os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
+    silence = _silence(name, revision)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"adapter.source {name!r} is gated: accept its terms on the hub, then `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"adapter.source is {name!r}: there is no such folder here and no such repository on the hub "
-            "(a private one needs `hf auth login`)."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = (
-            "HF_HUB_OFFLINE is set"
-            if os.environ.get("HF_HUB_OFFLINE")
-            else "the hub cannot be reached"
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(FILES),
+            local_files_only=silence is not None,
         )
-        raise FileNotFoundError(
-            f"adapter.source {name!r} is not in the local cache and {reason}; run `hf download {name}` where "
-            "there is a network, or give a folder."
-        ) from error
+    except Exception as error:
+        # All of them: httpx's errors are no OSErrors, hf_xet's are RuntimeErrors.
+        raise _explained(error, silence, name, revision) from error
+    return Path(folder)
+
+
+def _silence(name: str, revision: str | None) -> Exception | None:
+    """Ask the hub for a repository, and return why there was no answer.
+
+    ``snapshot_download`` asks the same without a time limit: behind a firewall that drops packets it hangs.
+    """
+    try:
+        HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:
+        return None  # an answer, too
+    except Exception as error:
+        return error
+    return None
+
+
+def _explained(
+    error: Exception, silence: Exception | None, name: str, revision: str | None
+) -> OSError:
+    """Return the error that says what to do about a failed download.
+
+    Args:
+        error: what ``snapshot_download`` raised.
+        silence: why the hub did not answer, if it did not.
+        name: hub id.
+        revision: as given.
+    """
+    hub, given = constants.ENDPOINT, f"adapter.source is {name!r}"
+    if isinstance(error, GatedRepoError):
+        return PermissionError(
+            f"{given}, which is gated: accept its terms at {hub}/{name}, then `hf auth login`."
+        )
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        return FileNotFoundError(
+            f"{given}: there is no such folder here and no such repository at {hub} (a private one needs "
+            "`hf auth login`)."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(
+            f"adapter.revision is {revision!r}: {name} at {hub} has no such branch, tag or commit."
+        )
+    if not isinstance(error, LocalEntryNotFoundError):
+        return FileNotFoundError(
+            f"{given}: the download from {hub} broke off ({_line(error)}). Start again; files that are whole "
+            "are not fetched twice."
+        )
+    cause = silence or error.__cause__ or error
+    reason = (
+        "HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE)"
+        if isinstance(cause, OfflineModeIsEnabled)
+        else f"{hub} cannot be reached ({_line(cause)})"
+    )
+    at = f" --revision {revision}" if revision else ""
+    lacks = "there is no such folder here, it is not in the local cache"
+    if isinstance(error, IncompleteSnapshotError):
+        files = [file.path for file in get_cached_repo_tree(name, revision=revision)]
+        wanted = [file for file in files if any(fnmatch(file, pattern) for pattern in FILES)]
+        lost = [file for file in wanted if not Path(error.snapshot_path, file).exists()]
+        lacks = f"the local cache lacks {', '.join(lost)}"
+    return FileNotFoundError(
+        f"{given}: {lacks}, and {reason}. Run `hf download {name}{at}` where there is a network, or give a "
+        "folder."
+    )
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A tensor's file, shape and dtype, from the header alone."""
+    """Where a tensor is, and its shape, from the header alone."""
 
     path: Path
+    name: str
     shape: tuple[int, ...]
 
 
@@ -219,28 +295,32 @@ class Checkpoint:
             return math.prod(found) == math.prod(expected)  # as a convolution or flat
         return found == expected
 
-    def fill(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Replace a module's meta tensors by the file's, one tensor in memory at a time.
+    def fill(self, part: nn.Module, *, prefix: str = "", device: torch.device) -> None:
+        """Replace what is on the meta device, one tensor in memory at a time; each keeps its dtype.
 
         Args:
-            module: with names as in the file.
-            dtype: of the weights afterwards.
-            device: likewise.
+            part: of a module with names as in the file.
+            prefix: of its names there.
+            device: of the tensors afterwards.
         """
+        lacking = {name: p for name, p in part.named_parameters() if p.is_meta}
         wanted = {
-            name: self.tensors[name]
-            for name, value in module.state_dict().items()
-            if name in self.tensors
-            and (name not in TABLES or tuple(value.shape) == self.tensors[name].shape)
+            name: self.tensors[file]
+            for name, p in lacking.items()
+            if (file := base_name(prefix + name)) in self.tensors
+            and (file not in TABLES or tuple(p.shape) == self.tensors[file].shape)
         }
         for name, tensor in read_tensors(wanted):
-            old = module.get_parameter(name)
             value = flat_patch(tensor) if name.endswith("patch_embedding.weight") else tensor
-            # A copy even where the dtype stays: the original is a page of the file.
-            _set(module, name, value.to(device=device, dtype=dtype, copy=True), old.requires_grad)
-        for name, value in module.named_parameters():
-            if name not in wanted:  # a sine table
-                _set(module, name, value.to(device=device, dtype=dtype), value.requires_grad)
+            _set(part, name, value, device)
+        for name in lacking.keys() - wanted.keys():
+            whole = prefix + name
+            if whole in TABLES:
+                rows, size = lacking[name].shape
+                value = sincos_table(math.isqrt(rows), size)
+            else:
+                value = first_value(whole, lacking[name])
+            _set(part, name, value, device)
 
     def fill_autoencoder(self, vae: nn.Module, names: Mapping[str, str]) -> None:
         """Read the autoencoder in float32, under diffusers' names.
@@ -273,10 +353,12 @@ class Checkpoint:
         vae.load_state_dict(state, assign=True)
 
 
-def _set(module: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
+def _set(module: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=requires_grad))
+    old = module.get_parameter(name)
+    # A copy even where nothing changes: the original is a page of the file.
+    value = value.to(device=device, dtype=old.dtype, copy=True).contiguous()
+    setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def flat_patch(weight: Tensor) -> Tensor:
@@ -309,7 +391,8 @@ def read_header(path: Path) -> dict[str, TensorFile]:
         with safe_open(path, "pt") as file:
             names = file.keys()
             return {
-                name: TensorFile(path, tuple(file.get_slice(name).get_shape())) for name in names
+                name: TensorFile(path, name, tuple(file.get_slice(name).get_shape()))
+                for name in names
             }
     except SafetensorError as error:
         raise ValueError(
@@ -318,13 +401,13 @@ def read_header(path: Path) -> dict[str, TensorFile]:
 
 
 def read_tensors(files: Mapping[str, TensorFile]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors, whose pages stay in memory until the next one only.
+    """Yield tensors under the names of the mapping; pages stay in memory until the next one only.
 
     Each is a view of the mapped file: a file that stayed open would come to hold all of it.
     """
     for name, tensor in files.items():
         with safe_open(tensor.path, "pt") as file:
-            yield name, file.get_tensor(name)
+            yield name, file.get_tensor(tensor.name)
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:

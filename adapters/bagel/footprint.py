@@ -5,67 +5,111 @@ from __future__ import annotations
 import torch
 
 from lightning_unigrpo.adapter import Footprint
+from lightning_unigrpo.adapters.bagel import attention
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.config import Sampling
 
 MARKS = 2
 """Rows around a text or an image."""
+FLOAT32 = 4
+"""Bytes."""
 
 
 def footprint(
     config: BagelConfig,
     sampling: Sampling,
     *,
-    given_tokens: int,
+    given_rows: int,
     image_tokens: int,
     patches: int,
     gradient_checkpointing: bool,
     dtype: torch.dtype,
+    weights: torch.dtype,
+    grain: int = 1,
 ) -> Footprint:
-    """Return the bytes per trajectory of text-to-image rollouts whose texts are as long as allowed.
+    """Return the bytes per trajectory of rollouts whose texts are as long as allowed.
+
+    Copies of the weights that autocast makes are not counted: they are the same for any number of rows.
 
     Args:
         config: sizes.
         sampling: plan, lengths, window.
-        given_tokens: words of system prompt and request, their marks included.
+        given_rows: words and images of the prompt, system prompt and all marks included.
         image_tokens: latent tokens of a drawn image.
         patches: what the tower sees of a drawn image that is looked at; 0 without a tower.
         gradient_checkpointing: whether layers are recomputed.
-        dtype: of computation.
+        dtype: of matrix products.
+        weights: dtype of the weights, which the residual stream is in.
+        grain: slots of a cache are multiples of it.
     """
-    size, image = torch.finfo(dtype).bits // 8, image_tokens + MARKS
-    words, context, noise = given_tokens, given_tokens, 0
-    capacity = given_tokens
-    attention = 0  # rows of keys that noise blocks gather
-    scored = 0
+    # Without autocast products are in the weights' dtype, whatever the trainer is told.
+    size, stream = (torch.finfo(each).bits // 8 for each in (dtype, weights))
+    size = min(size, stream)
+    image, context = image_tokens + MARKS, given_rows
+    capacity = _rounded(given_rows, grain)
+    blocks = scored = 0
     for place, kind in enumerate(sampling.plan):
         if kind == "text":
-            words += sampling.max_text_tokens + MARKS
             context += sampling.max_text_tokens + MARKS
             scored += sampling.max_text_tokens
-            capacity = _grown(capacity, context)
+            capacity = max(capacity, _rounded(context, grain))
             continue
-        capacity = _grown(capacity, context + image)
-        noise += sampling.window_size * image
-        attention += sampling.window_size * (context + image)
+        capacity = max(capacity, _rounded(context + image, grain))
+        blocks += sampling.window_size
         if place < len(sampling.plan) - 1:  # looked at: latents, and patches
-            seen = image + (patches + MARKS if patches else 0)
-            context += seen
-            capacity = _grown(capacity, context)
+            context += image
+            if patches:
+                context += patches + MARKS
+                capacity = _grown(capacity, _rounded(context, grain))
     d, ff = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
     cache = capacity * config.num_hidden_layers * 2 * kv * size
+    noise = blocks * image
     rows = context + noise
-    # The residual stream twice and its two norms, each with its scaled input; queries before and after
-    # their norm and in attention, its output twice; keys before and after; four widths of the MLP.
-    per_row = (11 * d + 2 * kv + 4 * ff) * size
-    layer = rows * per_row + (context + attention) * 2 * kv * size
-    kept = rows * d * size * config.num_hidden_layers + layer
-    if not gradient_checkpointing:
-        kept = layer * config.num_hidden_layers
-    return Footprint(cache=cache, activations=kept + scored * config.vocab_size * 4)
+    keys = rows + blocks * context  # each block of noise gathers what it sees
+    norm = _norm(d, size, stream)
+    # Two norms; queries and keys before and after theirs; the attention's queries and result, and what
+    # its projection reads; four widths of the MLP.
+    per_row = 2 * norm + _heads(d + kv, config.head_dim, size, stream) + (3 * d + 4 * ff) * size
+    layer = rows * per_row + keys * 2 * kv * size
+    kept = layer * config.num_hidden_layers
+    if gradient_checkpointing:
+        kept = rows * d * stream * config.num_hidden_layers + layer
+    kept += (scored + noise) * norm + scored * config.vocab_size * FLOAT32
+    kept += rows * 2 * config.head_dim * FLOAT32  # cosines and sines
+    if rows * rows <= attention.DENSE_LIMIT:
+        kept += (context * context + noise * (context + image)) * size  # masks
+    return Footprint(cache=cache, activations=kept)
+
+
+def _norm(d: int, size: int, stream: int) -> int:
+    """Return the bytes that a norm of ``d`` numbers and the inputs of the projections behind it take.
+
+    Float32 throughout is one kernel: its input, the scaled input, and its result. Otherwise the norm runs
+    in float32, and every projection of a float32 result casts it anew (2.5 of them on average).
+    """
+    if size >= FLOAT32:
+        return 3 * d * size
+    if stream >= FLOAT32:
+        return 2 * d * FLOAT32 + 5 * d * size // 2
+    return d * FLOAT32 + 2 * d * size
+
+
+def _heads(width: int, head_dim: int, size: int, stream: int) -> int:
+    """Return the bytes that the norms of queries and keys take, ``width`` numbers together."""
+    if size >= FLOAT32:
+        return 2 * width * size
+    angles = 4 * head_dim * size if stream < FLOAT32 else 0  # cast for queries and for keys
+    return width * (FLOAT32 + size) + angles
+
+
+def _rounded(slots: int, grain: int) -> int:
+    return -(-slots // grain) * grain
 
 
 def _grown(capacity: int, needed: int) -> int:
-    """Return how many slots a cache has afterwards; it at least doubles when it grows."""
-    return capacity if needed <= capacity else max(needed, 2 * capacity)
+    """Return the most slots of a cache that makes room unreserved: it at least doubles when it grows.
+
+    A shorter context may just not fit where the longest one does, so both are counted.
+    """
+    return max(capacity, needed, 2 * min(capacity, needed - 1))

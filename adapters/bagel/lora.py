@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +54,16 @@ class LoRA:
         parts += [rf"mlp{suffix}\.({mlp})"] if mlp else []
         return rf".*\.({'|'.join(parts)})"
 
+    @property
+    def scale(self) -> float:
+        """What the product of both factors is multiplied by."""
+        return self.alpha / self.rank
+
 
 def add_lora(net: nn.Module, lora: LoRA) -> None:
     """Put adapters into a network and freeze everything else; adapters are float32.
+
+    Those of a network on the meta device are filled by :func:`first_value`.
 
     Raises:
         ImportError: when peft is missing.
@@ -66,7 +75,9 @@ def add_lora(net: nn.Module, lora: LoRA) -> None:
             'adapter.lora needs peft: pip install "lightning-unigrpo[lora]".'
         ) from error
     settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0}
-    inject_adapter_in_model(LoraConfig(target_modules=lora.pattern, **settings), net, NAME)
+    on_meta = any(p.is_meta for p in net.parameters())
+    config = LoraConfig(target_modules=lora.pattern, **settings)
+    inject_adapter_in_model(config, net, NAME, low_cpu_mem_usage=on_meta)
     for name, parameter in net.named_parameters():
         is_adapter = "lora_" in name
         parameter.requires_grad_(is_adapter)
@@ -74,9 +85,19 @@ def add_lora(net: nn.Module, lora: LoRA) -> None:
             parameter.data = parameter.data.float()
 
 
-def has_lora(net: nn.Module) -> bool:
-    """Whether :func:`add_lora` was here."""
-    return any("lora_" in name for name, _ in net.named_parameters())
+def first_value(name: str, parameter: Tensor) -> Tensor:
+    """Return what an adapter's factor begins with, the same on every rank.
+
+    Args:
+        name: of the factor in the network; it keys the draw.
+        parameter: for its shape.
+    """
+    if "lora_B" in name:
+        return torch.zeros(parameter.shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return nn.init.kaiming_uniform_(
+        torch.empty(parameter.shape), a=math.sqrt(5), generator=generator
+    )
 
 
 @contextmanager
@@ -98,21 +119,27 @@ def lora_off(net: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_state(net: nn.Module) -> dict[str, Tensor]:
-    """Return a network's weights with the adapters added in, under the names of the base.
+def merged(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
+    """Return weights with the adapters added in, under the names of the base.
 
-    The sum is made in float32 and rounded once to the base's dtype.
+    ``W + alpha / rank B A``, in float32 and rounded once to the base's dtype.
+
+    Args:
+        state: of a network with adapters.
+        lora: their settings.
     """
-    from peft.tuners.lora import Linear
+    found = {}
+    for name, value in state.items():
+        if "lora_" in name:
+            continue
+        path = name.removesuffix(".base_layer.weight")
+        if path != name and f"{path}.lora_A.{NAME}.weight" in state:
+            a, b = (state[f"{path}.lora_{factor}.{NAME}.weight"].float() for factor in "AB")
+            value = (value.float() + lora.scale * (b @ a)).to(value.dtype)
+        found[base_name(name)] = value
+    return found
 
-    state = dict(net.state_dict())
-    for name, module in net.named_modules():
-        if isinstance(module, Linear):
-            weight: Any = module.get_base_layer().weight
-            delta = module.get_delta_weight(NAME)
-            state[f"{name}.base_layer.weight"] = (weight.float() + delta.float()).to(weight.dtype)
-    return {
-        name.replace(".base_layer.", "."): value
-        for name, value in state.items()
-        if "lora_" not in name
-    }
+
+def base_name(name: str) -> str:
+    """Return what a weight is called without adapters."""
+    return name.replace(".base_layer.", ".")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.bagel.checkpoint import (
@@ -26,11 +27,12 @@ from lightning_unigrpo.adapters.bagel.checkpoint import (
     read_tensors,
 )
 from lightning_unigrpo.adapters.bagel.config import RELEASES, BagelConfig
-from lightning_unigrpo.adapters.bagel.lora import merged_state
+from lightning_unigrpo.adapters.bagel.lora import merged
 from lightning_unigrpo.adapters.bagel.network import BagelNet
 from lightning_unigrpo.adapters.bagel.tokenizer import BagelTokenizer
 from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae, vae_names
 from lightning_unigrpo.adapters.bagel.vision import BagelVision
+from lightning_unigrpo.distributed import rank, whole_state
 
 if TYPE_CHECKING:
     from lightning_unigrpo.adapters.bagel.adapter import BagelAdapter
@@ -74,20 +76,26 @@ def open_checkpoint(
             f"The tokenizer of {checkpoint.folder} gives a mark the id {largest}, but llm_config.json has "
             f"vocab_size {config.vocab_size}: the files belong to different models."
         )
+    net, tower = on_meta(config, DTYPES[dtype])
     with torch.device("meta"):
-        net = BagelNet(config)
-        tower = BagelVision(config.vision, config.hidden_size) if config.vision else None
         vae = build_vae({name: file.shape for name, file in checkpoint.autoencoder.items()})
     checkpoint.check({"net": net} | ({"vision": tower} if tower is not None else {}))
     return Source(
         checkpoint=checkpoint,
-        dtype=DTYPES[dtype],
         config=config,
         tokenizer=tokenizer,
         net=net,
         vision=tower,
         vae=BagelVAE(vae, config.latent_patch_size),
     )
+
+
+def on_meta(config: BagelConfig, dtype: torch.dtype) -> tuple[BagelNet, BagelVision | None]:
+    """Return network and tower without memory; the tower is float32."""
+    with torch.device("meta"):
+        net = BagelNet(config).to(device="meta", dtype=dtype)
+        tower = BagelVision(config.vision, config.hidden_size) if config.vision else None
+    return net, tower.to("meta") if tower is not None else None
 
 
 UNTRAINED = (
@@ -109,9 +117,8 @@ def released(name: str, dtype: torch.dtype, *, vision: bool) -> Source:
     """Return the parts of a published model without any of its files."""
     config = RELEASES[name] if vision else replace(RELEASES[name], vision=None)
     channels = (128, 256, 512, 512)
+    net, tower = on_meta(config, dtype)
     with torch.device("meta"):
-        net = BagelNet(config)
-        tower = BagelVision(config.vision, config.hidden_size) if config.vision else None
         vae = build_vae(
             {
                 "encoder.conv_in.weight": (channels[0], 3, 3, 3),
@@ -126,7 +133,6 @@ def released(name: str, dtype: torch.dtype, *, vision: bool) -> Source:
         )
     return Source(
         checkpoint=None,
-        dtype=dtype,
         config=config,
         tokenizer=None,
         net=net,
@@ -141,24 +147,24 @@ class Source:
 
     checkpoint: Checkpoint | None
     """``None`` while sizes are only estimated."""
-    dtype: torch.dtype
-    """Of the network's weights; the frozen parts are float32."""
     config: BagelConfig
     tokenizer: Any
     net: BagelNet
     vision: BagelVision | None
     vae: BagelVAE
 
-    def fill(self, adapter: BagelAdapter) -> None:
-        """Load the weights of networks that are on the meta device, tensor by tensor."""
-        if SIZES_ONLY.get() or self.checkpoint is None:
-            adapter.net.to(self.dtype)
+    def fill(self, part: nn.Module, prefix: str) -> None:
+        """Read the weights of a part of the network that are on the meta device, tensor by tensor."""
+        if self.checkpoint is not None and not SIZES_ONLY.get():
+            self.checkpoint.fill(part, prefix=prefix, device=torch.get_default_device())
+
+    def fill_frozen(self, adapter: BagelAdapter) -> None:
+        """Read tower and autoencoder, in float32."""
+        if self.checkpoint is None or SIZES_ONLY.get():
             return
         device = torch.get_default_device()
-        for unit in (adapter.net, adapter.vision):
-            if unit is not None and any(p.is_meta for p in unit.parameters()):
-                dtype = self.dtype if unit is adapter.net else torch.float32
-                self.checkpoint.fill(unit, dtype=dtype, device=device)
+        if adapter.vision is not None:
+            self.checkpoint.fill(adapter.vision, device=device)
         vae = adapter.vae.vae if adapter.vae is not None else None
         if vae is not None and vae.device.type == "meta":
             self.checkpoint.fill_autoencoder(vae, vae_names(self.checkpoint.autoencoder))
@@ -168,7 +174,7 @@ class Source:
 
 
 def save_pretrained(adapter: BagelAdapter, folder: str | Path) -> None:
-    """Write an adapter's weights in the published layout.
+    """Write an adapter's weights in the published layout; every rank must call it, the first one writes.
 
     Args:
         adapter: loaded by ``from_pretrained``; parts that were left out are copied from where it came.
@@ -182,19 +188,22 @@ def save_pretrained(adapter: BagelAdapter, folder: str | Path) -> None:
             "save_pretrained writes what from_pretrained read; this adapter was built otherwise."
         )
     checkpoint, target = adapter.source.checkpoint, Path(folder)
+    state = whole_state(adapter.net)
+    if rank() > 0:
+        return
     target.mkdir(parents=True, exist_ok=True)
-    has_adapters = adapter.lora is not None
-    state = merged_state(adapter.net) if has_adapters else dict(adapter.net.state_dict())
+    if adapter.lora is not None:
+        state = merged(state, adapter.lora)
     if adapter.vision is not None:
         state |= adapter.vision.state_dict()
     left_out = {name: file for name, file in checkpoint.tensors.items() if name not in state}
     assert all(name.startswith(VISION) for name in left_out)
     state |= dict(read_tensors(left_out))
-    for name, value in (
+    for name, config in (
         (LLM, checkpoint.llm_config | adapter.config.to_upstream()),
         *([(VIT, checkpoint.vit_config)] if checkpoint.vit_config is not None else []),
     ):
-        (target / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        (target / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_files(checkpoint.folder, target, UNTRAINED)
     # Under another name first: a full disk must not leave half a file where a whole one was.
     written = target / f"{WEIGHTS}.tmp"

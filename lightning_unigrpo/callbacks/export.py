@@ -32,5 +32,5 @@ class SavePretrained(UniGRPOCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            pl_module.adapter.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
+        # On all ranks: sharded weights are gathered, and the first rank writes.
+        pl_module.adapter.save_pretrained(self.folder)  # type: ignore[union-attr, operator]

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_unigrpo import distributed
 from lightning_unigrpo.adapter import Adapter
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.types import (
@@ -57,21 +58,30 @@ class ReferenceVelocity(UniGRPOCallback):
         """Take the snapshot: the weights are there, and a checkpoint has not yet replaced them."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and module.objective.needs_reference and module.adapter.reference() is None:
-            self._snapshot(module.adapter)
+            self._snapshot(trainer, module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for twin in self._twin:
             if self._restored is not None:
-                twin.net.load_state_dict(self._restored)
-            twin.net.to(pl_module.device)
+                distributed.load_whole(twin.net, self._restored)
+            if not pl_module.skeleton:  # what is sharded is where it belongs
+                twin.net.to(pl_module.device)
         self._restored = None
 
-    def _snapshot(self, adapter: Adapter) -> None:
-        """Freeze a copy of the network behind an adapter that shares everything else."""
+    def _snapshot(self, trainer: Trainer, module: UniGRPOModule) -> None:
+        """Freeze a copy of the network, sharded alike, behind an adapter that shares everything else."""
+        adapter = module.adapter
         twin = copy.copy(adapter)
         twin._modules = dict(adapter._modules)
-        twin.net = copy.deepcopy(adapter.net).requires_grad_(False).eval()
+        if module.skeleton:
+            twin.net = copy.deepcopy(module.skeleton[0]).requires_grad_(False)
+            twin.net = distributed.shard(
+                twin.net, twin.shard_units(), trainer.strategy, distributed.fill_from(adapter.net)
+            )
+        else:
+            twin.net = copy.deepcopy(adapter.net)
+        twin.net.requires_grad_(False).eval()
         self._twin = [twin]
 
     @override
@@ -86,7 +96,7 @@ class ReferenceVelocity(UniGRPOCallback):
             and not experience.iteration % self.refresh_every
         )
         if due and self._twin:
-            self._twin[0].net.load_state_dict(module.adapter.net.state_dict())
+            distributed.copy_weights(module.adapter.net, self._twin[0].net)
         policy, context = self._reference(module.adapter)
         images, texts = module.objective.needs_ref_velocity, module.objective.needs_ref_log_prob
         with torch.no_grad(), context:
@@ -118,7 +128,7 @@ class ReferenceVelocity(UniGRPOCallback):
     def state_dict(self) -> dict[str, Any]:
         if self.refresh_every is None or not self._twin:
             return {}
-        return {"net": self._twin[0].net.state_dict()}
+        return {"net": distributed.whole_state(self._twin[0].net)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""The only place that talks to other ranks, and that knows how strategies hold the weights."""
+
+from lightning_unigrpo.distributed.collectives import (
+    agree,
+    gather_objects,
+    gather_rows,
+    rank,
+    reduce_max,
+    reduce_named,
+    reduce_sum,
+    world_size,
+)
+from lightning_unigrpo.distributed.sharding import (
+    check_strategy,
+    clip_grad_norms,
+    copy_weights,
+    fill_from,
+    kind_of,
+    load_whole,
+    no_sync,
+    shard,
+    whole_parameters,
+    whole_state,
+)
+from lightning_unigrpo.distributed.weights import (
+    Mode,
+    bytes_when_whole,
+    cast_once,
+    choose,
+    lockstep,
+    resident,
+    skeleton_of,
+)
+
+__all__ = [
+    "Mode",
+    "agree",
+    "bytes_when_whole",
+    "cast_once",
+    "check_strategy",
+    "choose",
+    "clip_grad_norms",
+    "copy_weights",
+    "fill_from",
+    "gather_objects",
+    "gather_rows",
+    "kind_of",
+    "load_whole",
+    "lockstep",
+    "no_sync",
+    "rank",
+    "reduce_max",
+    "reduce_named",
+    "reduce_sum",
+    "resident",
+    "shard",
+    "skeleton_of",
+    "whole_parameters",
+    "whole_state",
+    "world_size",
+]

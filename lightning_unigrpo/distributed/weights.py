@@ -1,0 +1,177 @@
+"""The weights that a rollout computes with: cast once, gathered once, or gathered by all ranks in step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from torch import nn
+
+from lightning_unigrpo.distributed.collectives import device, reduce_max
+from lightning_unigrpo.distributed.sharding import clean, kind_of, whole_parameters
+
+Mode: TypeAlias = Literal["resident", "sharded"]
+
+
+class HasNet(Protocol):
+    """Anything that reaches the network by this name."""
+
+    net: nn.Module
+
+
+def skeleton_of(net: nn.Module) -> nn.Module:
+    """Return a copy of a network without memory for its weights, to be filled by :func:`resident`."""
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in net.parameters()
+    }
+    return copy.deepcopy(net, memo)
+
+
+def compute_dtype(strategy: Strategy, kind: str) -> torch.dtype | None:
+    """Return the dtype that matrix products run in; ``None`` = that of the weights.
+
+    Args:
+        strategy: FSDP casts all weights itself.
+        kind: of device, for autocast.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        precision = strategy.mixed_precision_config
+        return precision.param_dtype if precision is not None else None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def is_cast(module: nn.Module, strategy: Strategy) -> bool:
+    """Whether a module's weights are cast: FSDP casts all, autocast those of linear layers."""
+    return kind_of(strategy) == "fsdp" or isinstance(module, nn.Linear)
+
+
+@contextmanager
+def cast_once(net: nn.Module) -> Iterator[None]:
+    """Keep linear layers in the compute dtype while autocast is on: cast once, not at every token.
+
+    The numbers are those of autocast, to the bit: it casts the same weights, but in every call, because
+    its cache must be off where an optimizer steps inside the context. Without autocast nothing happens.
+
+    Args:
+        net: whose weights nobody changes inside the context; they are back afterwards.
+    """
+    kind = next((p.device.type for p in net.parameters()), "cpu")
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    layers = (module for module in net.modules() if isinstance(module, nn.Linear))
+    weights = {p: p.data for layer in layers for p in layer.parameters(recurse=False)}
+    try:
+        for parameter, value in weights.items():
+            parameter.data = value.to(dtype)
+        yield
+    finally:
+        for parameter, value in weights.items():
+            parameter.data = value
+
+
+@contextmanager
+def resident(holder: HasNet, skeleton: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """Gather the weights once, in the compute dtype, and free them afterwards.
+
+    Inside, a rank calls the network as often as it likes. The casts are those of the training forward, so
+    both are the same policy.
+
+    Args:
+        holder: its ``net`` is replaced meanwhile.
+        skeleton: from :func:`skeleton_of`, before the network was sharded.
+        strategy: that sharded it.
+    """
+    sharded = holder.net
+    holder.net = _gathered(sharded, skeleton, strategy)
+    try:
+        yield
+    finally:
+        holder.net = sharded
+
+
+def _gathered(net: nn.Module, skeleton: nn.Module, strategy: Strategy) -> nn.Module:
+    whole = copy.deepcopy(skeleton)
+    where = strategy.root_device
+    dtype = compute_dtype(strategy, where.type)
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in whole.modules():  # a weight that two modules share stands in both
+        for leaf, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, leaf))
+    for name, value in whole_parameters(net):
+        parameter = whole.get_parameter(name)
+        owners = places[id(parameter)]
+        to = dtype if dtype is not None and is_cast(owners[0][0], strategy) else value.dtype
+        filled = nn.Parameter(value.to(where, to, copy=True), requires_grad=False)
+        for module, leaf in owners:
+            setattr(module, leaf, filled)
+    for name, buffer in net.named_buffers():
+        path, _, leaf = clean(name).rpartition(".")
+        setattr(whole.get_submodule(path), leaf, buffer)
+    return whole.train(net.training)
+
+
+@contextmanager
+def lockstep(net: nn.Module, idle: Callable[[], object]) -> Iterator[None]:
+    """Let a rank that is done go on calling the network until all are: each call gathers weights.
+
+    Ranks may call it for different things and differently often inside, texts of other lengths, images of
+    other sizes, an error in the middle: every call is announced, and whoever has none left joins in.
+
+    Args:
+        net: sharded.
+        idle: calls it once, for nothing.
+    """
+    is_idle = False
+    flags = {busy: torch.tensor(float(busy), device=device()) for busy in (True, False)}
+
+    def announce(*_: object) -> None:
+        if not is_idle:
+            reduce_max(flags[True])
+
+    # Before the hooks of the strategy, which gather.
+    handle = net.register_forward_pre_hook(announce, prepend=True)
+    try:
+        yield
+    finally:
+        is_idle = True
+        while bool(reduce_max(flags[False])):
+            idle()
+        handle.remove()
+
+
+def choose(mode: Mode | Literal["auto"], skeleton: nn.Module, strategy: Strategy) -> Mode:
+    """Decide how a rollout gets at sharded weights, the same on all ranks.
+
+    ``auto``: resident where the weights leave a fifth of the device's memory on every rank.
+
+    Args:
+        mode: as set.
+        skeleton: of the network.
+        strategy: that shards it.
+    """
+    if mode != "auto":
+        return mode
+    if strategy.root_device.type != "cuda":
+        return "resident"
+    free, total = torch.cuda.mem_get_info(strategy.root_device)
+    lacks = bytes_when_whole(skeleton, strategy) > free - total / 5
+    return (
+        "sharded" if bool(reduce_max(torch.tensor(float(lacks), device=device()))) else "resident"
+    )
+
+
+def bytes_when_whole(skeleton: nn.Module, strategy: Strategy) -> int:
+    """Return what :func:`resident` will hold."""
+    dtype = compute_dtype(strategy, strategy.root_device.type)
+    return sum(
+        p.numel() * (dtype if dtype and is_cast(module, strategy) else p.dtype).itemsize
+        for module in skeleton.modules()
+        for p in module.parameters(recurse=False)
+    )
