@@ -9,10 +9,9 @@ not. Backbones never see rewards, advantages or strategies.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -27,7 +26,6 @@ from lightning_unigrpo.types import (
     Prompt,
     Scores,
     Segment,
-    TextSegment,
     Trajectory,
 )
 
@@ -73,48 +71,6 @@ class Footprint(NamedTuple):
     """Keys and values of a rollout, when they are most."""
     activations: int
     """What a forward keeps for its backward."""
-
-
-GIB = 1 << 30
-
-
-def rows_within(gib: float | None, nbytes: int, at_most: int | None = None) -> int | None:
-    """Return how many rows of so many bytes fit into a budget, at least one.
-
-    ``min(at_most, max(1, floor(gib * 2^30 / nbytes)))``
-
-    Args:
-        gib: the budget, GiB, > 0; ``None`` = no budget.
-        nbytes: of a row, > 0.
-        at_most: another bound, >= 1; ``None`` = none.
-
-    Returns:
-        A number of rows; ``None`` = any.
-
-    Example:
-        >>> rows_within(1.0, 300 * 2**20), rows_within(1.0, 300 * 2**20, at_most=2)
-        (3, 2)
-        >>> rows_within(0.1, 300 * 2**20), rows_within(None, 300 * 2**20)
-        (1, None)
-    """
-    fit = None if gib is None else max(1, int(gib * GIB / nbytes))
-    return min((bound for bound in (fit, at_most) if bound is not None), default=None)
-
-
-def too_small(gib: float | None, nbytes: int, key: str) -> str | None:
-    """Say that a budget does not hold one row, in words; None when it does.
-
-    Args:
-        gib: the budget, GiB; ``None`` = no budget.
-        nbytes: of a row.
-        key: the setting of the budget.
-    """
-    if gib is None or nbytes <= gib * GIB:
-        return None
-    return (
-        f"{key} is {gib:g}, but a single trajectory needs {nbytes / GIB:.3g} GiB: they are run one at a "
-        f"time, beyond the budget. Raise {key}, or shorten texts and images."
-    )
 
 
 SIZES_ONLY: ContextVar[bool] = ContextVar("SIZES_ONLY", default=False)
@@ -347,59 +303,6 @@ class Adapter(nn.Module, ABC):
     def defaults(self) -> Defaults | None:
         """Return prompts and rewards for a user who brings none; None = there are none."""
         return None
-
-
-def largest_footprint(
-    adapter: Adapter,
-    prompts: Iterable[Prompt],
-    sampling: Sampling,
-    *,
-    dtype: torch.dtype,
-    evaluate: bool = False,
-) -> Footprint:
-    """Return the bytes per trajectory that suffice for any chunk of these prompts.
-
-    That of the longest request with the most demanding images: rows of a chunk are padded to each other.
-    Where images differ in size the cache counts twice, because a rollout draws the rows of each size from
-    a copy.
-
-    Args:
-        adapter: with a footprint.
-        prompts: at least one; walked through once.
-        sampling: plan, lengths, window.
-        dtype: of computation.
-        evaluate: whether in evaluation.
-
-    Raises:
-        NotImplementedError: when the adapter has none.
-    """
-    longest, bare = 0, {}
-    for prompt in prompts:
-        # Without pixels: to encode them is expensive, and those of a whole data set would not fit.
-        shapes = tuple(pixels.shape for pixels in prompt.images)
-        images = tuple(torch.empty(shape, device="meta") for shape in shapes)
-        bare[prompt.size, shapes] = Prompt(text="", size=prompt.size, images=images)
-        longest = max(longest, _num_words(adapter, replace(prompt, images=())))
-    found = [
-        adapter.footprint(
-            sampling,
-            prompt_tokens=longest - _num_words(adapter, Prompt(text="")),
-            dtype=dtype,
-            prompt=prompt,
-            evaluate=evaluate,
-        )
-        for prompt in bare.values()
-    ]
-    copies = 2 if len({adapter.image_grid(prompt) for prompt in bare.values()}) > 1 else 1
-    return Footprint(
-        cache=copies * max(each.cache for each in found),
-        activations=max(each.activations for each in found),
-    )
-
-
-def _num_words(adapter: Adapter, prompt: Prompt) -> int:
-    segments = adapter.tokenize(prompt)
-    return sum(len(s.tokens) for s in segments if isinstance(s, TextSegment))
 
 
 def token_log_probs(

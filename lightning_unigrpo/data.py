@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -142,7 +143,11 @@ def read_requests(source: str) -> list[Prompt]:
     return [Prompt(text=text, id=first + i) for i, text in enumerate(words)]
 
 
-class PromptDataset(Dataset[Prompt]):
+NOBODY = -1
+"""Index of no prompt: what fills the turn of a rank that has one prompt fewer."""
+
+
+class PromptDataset(Dataset[Prompt | None]):
     """A list of prompts; input images that a file names are read when a prompt is asked for."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
@@ -152,8 +157,10 @@ class PromptDataset(Dataset[Prompt]):
         """Return their number."""
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> Prompt:
-        """Return one, with its images."""
+    def __getitem__(self, index: int) -> Prompt | None:
+        """Return one, with its images; None for :data:`NOBODY`."""
+        if index == NOBODY:
+            return None
         prompt = self.prompts[index]
         paths = prompt.columns.get(PATHS)
         if not paths:
@@ -195,7 +202,7 @@ class PromptSampler(DistributedSampler[int]):
         return self.batches * self.batch_size
 
 
-class PromptLoader(DataLoader[Prompt]):
+class PromptLoader(DataLoader[Prompt | None]):
     """A loader of prompt lists that continues where its state says, in the middle of a pass too."""
 
     def state_dict(self) -> dict[str, int]:
@@ -212,18 +219,28 @@ class PromptLoader(DataLoader[Prompt]):
 
 
 class ShardSampler(DistributedSampler[int]):
-    """Evaluation prompts in order, dealt to ranks without repeating or dropping any."""
+    """Evaluation prompts in order, dealt to ranks without repeating or dropping any.
+
+    All ranks get equally many turns, and so equally many batches; turns that are left over are nobody's.
+    """
 
     def __init__(self, dataset: PromptDataset) -> None:
         super().__init__(cast(Any, dataset), num_replicas=world_size(), rank=rank(), shuffle=False)
 
     @override
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        size = len(self.dataset)  # type: ignore[arg-type]
+        places = (self.rank + turn * self.num_replicas for turn in range(len(self)))
+        return (place if place < size else NOBODY for place in places)
 
     @override
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return math.ceil(len(self.dataset) / self.num_replicas)  # type: ignore[arg-type]
+
+
+def present(prompts: Sequence[Prompt | None]) -> list[Prompt]:
+    """Return a batch without the turns that are nobody's; it may be empty."""
+    return [prompt for prompt in prompts if prompt is not None]
 
 
 class PromptDataModule(LightningDataModule):
@@ -348,7 +365,7 @@ class PromptDataModule(LightningDataModule):
         return self.trainer.lightning_module.sampling.seed if self.trainer else 0  # type: ignore[union-attr, return-value]
 
     @override
-    def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Prompt | None] | list[Any]:
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and not self._has("val"):
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
@@ -356,18 +373,18 @@ class PromptDataModule(LightningDataModule):
         return self._evaluation("val")
 
     @override
-    def test_dataloader(self) -> DataLoader[Prompt]:
+    def test_dataloader(self) -> DataLoader[Prompt | None]:
         return self._evaluation("test")
 
     @override
-    def predict_dataloader(self) -> DataLoader[Prompt]:
+    def predict_dataloader(self) -> DataLoader[Prompt | None]:
         return self._evaluation("predict")
 
-    def _evaluation(self, split: Split) -> DataLoader[Prompt]:
+    def _evaluation(self, split: Split) -> DataLoader[Prompt | None]:
         data = PromptDataset(self.prompts(split))
         _no_workers_needed()
         return DataLoader(
-            data, batch_size=self.eval_batch_size, sampler=ShardSampler(data), collate_fn=list
+            data, batch_size=self.eval_batch_size, sampler=ShardSampler(data), collate_fn=present
         )
 
 

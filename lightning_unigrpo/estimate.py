@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_unigrpo.adapter import rows_within, too_small
+from lightning_unigrpo.budget import rows_within, too_small
 from lightning_unigrpo.config import compute_dtype, num_steps
 from lightning_unigrpo.module import UniGRPOModule
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,19 +26,13 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_unigrpo import distributed
-from lightning_unigrpo.adapter import (
-    GIB,
-    Adapter,
-    Footprint,
-    largest_footprint,
-    rows_within,
-    too_small,
-)
+from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.budget import GIB, MemoryBudget
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping, penalise_truncation
 from lightning_unigrpo.callbacks.reference import ReferenceVelocity
 from lightning_unigrpo.callbacks.rewards import RewardLogger
-from lightning_unigrpo.config import Guard, Objective, Optim, Sampling, compute_dtype
+from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
 from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
@@ -103,9 +96,8 @@ class UniGRPOModule(LightningModule):
         # A list: a bare Module would be registered.
         self.skeleton: list[nn.Module] = []
         self.rollout_mode: distributed.Mode | None = None
+        self.budget = MemoryBudget(adapter, self.sampling, self.optim)
         self._micro_batch_size = self.optim.micro_batch_size
-        self._told: set[tuple[str, bool]] = set()
-        self._split: tuple[list[Any], Footprint | None] | None = None
         names = [
             "reward",
             *(f"reward/{n}" for n in reward_names(self._rewards)),
@@ -185,6 +177,11 @@ class UniGRPOModule(LightningModule):
         return {name: parameters for name, parameters in live.items() if parameters}
 
     @override
+    def on_fit_start(self) -> None:
+        """Refuse a budget that this adapter cannot count with, before anything is drawn."""
+        self.budget.check(str(self.trainer.precision))
+
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = self._trainable()
         for name, parameters in groups.items():
@@ -223,8 +220,8 @@ class UniGRPOModule(LightningModule):
             world_size=distributed.world_size(),
         )
         # Of all prompts, not only this rank's: ranks make the same calls.
-        foot = self._footprint(prompts)
-        rows, self._micro_batch_size = self._rows(foot), self._rows_of_a_forward(foot)
+        foot = self.budget.footprint(prompts, str(self.trainer.precision))
+        rows, self._micro_batch_size = self.budget.drawn(foot), self.budget.scored(foot)
         self.adapter.eval()
         self.adapter.net.zero_grad(set_to_none=True)  # the caches need the memory
         experience = self._experience(starts, rows, evaluate=False)
@@ -412,78 +409,12 @@ class UniGRPOModule(LightningModule):
         """Whether the run computes in float32 or better."""
         return str(self.trainer.precision) in {"32-true", "64-true"}
 
-    # ---- how much fits into memory
+    # ---- evaluation
 
-    @override
-    def on_fit_start(self) -> None:
-        """Refuse a budget that this adapter cannot count with, before anything is drawn."""
-        self._told.clear()
-        self._footprint([Prompt(text="")])
-
-    def _footprint(self, prompts: Iterable[Prompt], *, evaluate: bool = False) -> Footprint | None:
-        """Return what a trajectory of these prompts takes, at most; None where no budget asks."""
-        gib = (self.sampling.cache_gib, self.optim.activation_gib)
-        if gib == (None, None):
-            return None
-        dtype = compute_dtype(str(self.trainer.precision))
-        try:
-            return largest_footprint(
-                self.adapter, prompts, self.sampling, dtype=dtype, evaluate=evaluate
-            )
-        except NotImplementedError as error:
-            keys = (
-                ("model.sampling.cache_gib", "model.sampling.rows_per_chunk"),
-                ("model.optim.activation_gib", "model.optim.micro_batch_size"),
-            )
-            given = [pair for pair, budget in zip(keys, gib, strict=True) if budget is not None]
-            key, instead = map(" and ".join, zip(*given, strict=True))
-            raise ValueError(
-                f"{key}: {type(self.adapter).__name__} has no footprint(...) that tells how large a "
-                f"trajectory is. Leave it out, and set {instead} instead."
-            ) from error
-
-    def _rows(self, foot: Footprint | None, where: str = "drawn together") -> int | None:
-        """Return how many rollouts are drawn together; None = all of a rank."""
-        gib, most = self.sampling.cache_gib, self.sampling.rows_per_chunk
-        return self._fitting("model.sampling.cache_gib", gib, foot and foot.cache, most, where)
-
-    def _rows_of_a_forward(self, foot: Footprint | None) -> int | None:
-        """Return how many trajectories are in a micro-batch; None = all of an update."""
-        gib, most = self.optim.activation_gib, self.optim.micro_batch_size
-        nbytes = foot and foot.activations
-        return self._fitting("model.optim.activation_gib", gib, nbytes, most, "in a forward")
-
-    def _fitting(
-        self, key: str, gib: float | None, nbytes: int | None, at_most: int | None, where: str
-    ) -> int | None:
-        """Count rows, and say once what was found."""
-        if gib is None or nbytes is None:
-            return at_most
-        rows, problem = rows_within(gib, nbytes, at_most), too_small(gib, nbytes, key)
-        if (where, problem is None) not in self._told:
-            self._told.add((where, problem is None))
-            if problem is not None:
-                rank_zero_warn(problem)
-            else:
-                size = nbytes / GIB
-                rank_zero_info(f"{key} {gib:g}: {rows} trajectories {where}, {size:.3g} GiB each")
-        return rows
-
-    def _rows_of_a_split(self, stage: str) -> int | None:
-        """Return how many rollouts of a split are drawn together.
-
-        By the longest prompt of the whole split: ranks hold other batches of it, and those that went by
-        their own batch would make other numbers of calls.
-        """
-        if self.sampling.cache_gib is None:
-            return self.sampling.rows_per_chunk
+    def _rows_of(self, stage: str) -> int | None:
         loaders = getattr(self.trainer, f"{stage}_dataloaders")
         data = [each.dataset for each in (loaders if isinstance(loaders, list) else [loaders])]
-        if self._split is None or self._split[0] != data:  # reading input images takes a while
-            self._split = data, self._footprint(chain.from_iterable(data), evaluate=True)
-        return self._rows(self._split[1], "drawn together in evaluation")
-
-    # ---- evaluation
+        return self.budget.drawn_of_split(data, str(self.trainer.precision))
 
     @override
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> dict[str, Experience]:
@@ -496,7 +427,7 @@ class UniGRPOModule(LightningModule):
     def _evaluate(self, prompts: Sequence[Prompt], stage: str) -> Experience:
         """Draw one trajectory per prompt (greedy text, ODE, guidance if asked for) and score it."""
         starts = [Start(prompt, prompt.id, 0) for prompt in prompts]
-        experience = self._experience(starts, self._rows_of_a_split(stage), evaluate=True)
+        experience = self._experience(starts, self._rows_of(stage), evaluate=True)
         scores = evaluation_values(experience, self.objective)
         for trajectory, reward in zip(
             experience.trajectories, scores["reward"].tolist(), strict=True
@@ -514,7 +445,7 @@ class UniGRPOModule(LightningModule):
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[Trajectory]:
         """Return one trajectory per prompt, unscored: a user's prompt has no label."""
         starts = [Start(prompt, prompt.id, 0) for prompt in batch]
-        sampling = replace(self.sampling, rows_per_chunk=self._rows_of_a_split("predict"))
+        sampling = replace(self.sampling, rows_per_chunk=self._rows_of("predict"))
         with self._rollout_weights():
             chunks = rollout(self.adapter, starts, sampling, evaluate=True, progress=self.progress)
             return [trajectory for chunk in chunks for trajectory in chunk]
@@ -522,15 +453,15 @@ class UniGRPOModule(LightningModule):
     # ---- prompts, when the user brings no datamodule
 
     @override
-    def train_dataloader(self) -> DataLoader[Prompt]:
+    def train_dataloader(self) -> DataLoader[Prompt | None]:
         return self._own_data("fit").train_dataloader()
 
     @override
-    def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Prompt | None] | list[Any]:
         return self._own_data("validate").val_dataloader()
 
     @override
-    def test_dataloader(self) -> DataLoader[Prompt]:
+    def test_dataloader(self) -> DataLoader[Prompt | None]:
         return self._own_data("test").test_dataloader()
 
     def _own_data(self, stage: str) -> PromptDataModule:

@@ -258,7 +258,8 @@ class RewardRunner:
         columns = []
         for reward, calls in zip(self._rewards, self._calls, strict=True):
             _settle([future for _, future in calls], reward.timeout)
-            columns.append(torch.cat([self._value(reward, *call) for call in calls]))
+            values = [self._value(reward, *call) for call in calls]
+            columns.append(torch.cat(values) if values else torch.zeros(0))
         rewards = torch.stack(columns, 1)
         if check:
             require_scores(rewards, self.names, self.weights)

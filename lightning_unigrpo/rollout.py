@@ -353,7 +353,7 @@ def rollout(
     Yields:
         Lists of at most ``sampling.rows_per_chunk`` trajectories with decoded images and texts.
     """
-    size = sampling.rows_per_chunk or len(starts)
+    size = sampling.rows_per_chunk or max(1, len(starts))
     for first in range(0, len(starts), size):
         chunk = starts[first : first + size]
         yield _Chunk(adapter, chunk, sampling, iteration, evaluate, progress).run()

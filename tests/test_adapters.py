@@ -389,6 +389,12 @@ def detached_bagel() -> TinyBagel:
     return adapter
 
 
+def busy_idle(self: Any) -> None:
+    """Keep step, but leave a trace."""
+    ToyFlow.idle(self)
+    self.net.head.bias += 1
+
+
 FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("weights_under_net", with_net(lambda a: setattr(a, "more", nn.Linear(1, 1)))),
     ("param_groups", changed(ToyFlow, param_groups=lambda s: {"text": [], "flow": []})),
@@ -396,6 +402,9 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("modules_in_their_place", changed(ToyFlow, frozen_modules=lambda s: [s.net.layers[0]])),
     ("repeatable", changed(ToyFlow, prefill=noisy_prefill)),
     ("repeatable", changed(ToyFlow, velocity=counting_velocity)),
+    ("idle", changed(ToyFlow, idle=lambda s: None)),
+    ("idle", changed(ToyFlow, idle=lambda s: [ToyFlow.idle(s) for _ in range(2)])),
+    ("idle", changed(ToyFlow, idle=busy_idle)),
     ("state_dict_round_trip", with_net(forgets_a_weight)),
     ("words", changed(ToyFlow, detokenize=lambda s, tokens: str(tokens.tolist()))),
     ("decode", changed(ToyFlow, decode=lambda s, *args: 2 * ToyFlow.decode(s, *args))),
@@ -416,6 +425,8 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("train_mode", changed(ToyFlow, forward=training_forward)),
     ("gradient_checkpointing", changed(ToyFlow, forward=checkpointed_forward)),
     ("gradients", changed(ToyFlow, forward=partial_forward)),
+    ("unreached", changed(ToyFlow, unreached=lambda s, plan: [])),
+    ("unreached", changed(ToyFlow, unreached=lambda s, plan: s.param_groups()["flow"])),
     ("image_sees_text", changed(ToyFlow, velocity=blind_velocity)),
     ("image_loss_reaches_text", detached_bagel),
     ("reference_is_undone", changed(ToyFlow, reference=lasting)),

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 
 from lightning_unigrpo import Objective, Optim, PromptDataModule, Sampling, UniGRPOModule
-from lightning_unigrpo import module as module_file
-from lightning_unigrpo.adapter import GIB, largest_footprint, rows_within
+from lightning_unigrpo import budget as budget_file
 from lightning_unigrpo.adapters.digits import DigitsAdapter
+from lightning_unigrpo.budget import GIB, largest_footprint, rows_within
 from lightning_unigrpo.callbacks import RolloutGrouping
 from lightning_unigrpo.config import compute_dtype
 from lightning_unigrpo.estimate import Setup, estimate, report
@@ -437,7 +437,7 @@ def test_a_budget_for_less_than_one_warns_once_and_goes_on(tmp_path: Path) -> No
 
 def test_the_numbers_are_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(module_file, "rank_zero_info", said.append)
+    monkeypatch.setattr(budget_file, "rank_zero_info", said.append)
     settings = small(cache_gib=1.0, rows_per_chunk=3)
     module = UniGRPOModule(
         DigitsAdapter(), sampling=settings, optim=Optim(ppo_epochs=1, activation_gib=1.0)

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("flow", "objective", "advantage"),
     ("adapter", "reward", "distributed"),
     ("rollout", "loss"),
-    ("guard", "callbacks", "data"),
+    ("guard", "callbacks", "data", "budget"),
     ("module",),
     ("estimate",),
     ("cli",),

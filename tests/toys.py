@@ -104,8 +104,9 @@ class ToyCache(Cache):
     """Keys and values of B ragged prefixes; a slot counts for the rows where it is ``valid``."""
 
     def __init__(self, net: ToyNet, num_rows: int) -> None:
-        weight = net.words.weight
-        empty = weight.new_zeros(num_rows, net.heads, 0, weight.shape[1] // net.heads)
+        weight = net.words.weight  # a part of it, where it is sharded: it says dtype and device only
+        like = {"dtype": weight.dtype, "device": weight.device}
+        empty = torch.zeros(num_rows, net.heads, 0, net.size // net.heads, **like)
         self.keys = [empty] * len(net.layers)  # [B, H, S, D] each
         self.values = [empty] * len(net.layers)
         self.valid = torch.zeros(num_rows, 0, dtype=torch.bool, device=weight.device)  # [B, S]
@@ -191,7 +192,7 @@ class ToyNet(nn.Module):
 
     def __init__(self, num_in: int, num_out: int, *, size: int = 16, layers: int = 2) -> None:
         super().__init__()
-        self.heads, self.gradient_checkpointing = 2, False
+        self.size, self.heads, self.gradient_checkpointing = size, 2, False
         self.words = nn.Embedding(VOCABULARY + 3, size)
         self.head = nn.Linear(size, VOCABULARY)
         self.image_in, self.image_out = nn.Linear(num_in, size), nn.Linear(size, num_out)
@@ -314,6 +315,8 @@ class Toy(Adapter):
     @torch.no_grad()
     def prefill(self, contexts: Sequence[Sequence[Segment]]) -> ToyCache:
         cache = ToyCache(self.net, len(contexts))
+        if not contexts:
+            return cache
         self.feed(cache, [[b for s in c for b in self.seen(s)] for c in contexts])
         return cache
 
@@ -406,6 +409,10 @@ class Toy(Adapter):
 
     def shard_units(self) -> list[nn.Module]:
         return list(self.net.layers)
+
+    def unreached(self, plan: Sequence[str]) -> list[nn.Parameter]:
+        idle = [] if "text" in plan else list(self.net.head.parameters())
+        return idle if "image" in plan else [*idle, *self.net.image_out.parameters()]
 
     def defaults(self) -> Defaults:
         prompts = [Prompt(text=text, id=i) for i, text in enumerate(("a b", "c", "d a h", "e f"))]

@@ -24,7 +24,7 @@ from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
 from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
 from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
 from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, lora_off
-from lightning_unigrpo.adapters.bagel.network import BagelNet, Pack
+from lightning_unigrpo.adapters.bagel.network import BagelNet, Layer, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
@@ -609,13 +609,18 @@ class BagelAdapter(Adapter):
         return groups
 
     def unreached(self, plan: Sequence[str]) -> list[nn.Parameter]:
-        """Return the head without texts, the generation expert without images."""
+        """Return the generation expert without images; without texts, all that makes only logits.
+
+        That is the head, and the understanding expert behind the last attention: images see its keys.
+        """
         if "image" not in plan:
             return self.param_groups()["flow"]
+        if "text" in plan:
+            return []
         model = self.net.language_model
-        return (
-            [] if "text" in plan else [*model.lm_head.parameters(), *model.model.norm.parameters()]
-        )
+        last = cast(Layer, model.model.layers[-1]).expert(0)
+        parts = (last.o_proj, last.output_norm, last.mlp, model.model.norm, model.lm_head)
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def shard_units(self) -> list[nn.Module]:
         """Return the layers."""

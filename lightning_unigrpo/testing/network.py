@@ -6,6 +6,7 @@ import io
 import math
 
 import torch
+from torch import nn
 
 from lightning_unigrpo.testing.report import (
     Finding,
@@ -123,6 +124,36 @@ def state_dict_round_trip(s: Subject) -> float:
         net.load_state_dict(torch.load(file, map_location=s.device, weights_only=True))
         after = s.asked(lambda: s.adapter.prefill(s.contexts))
     return worst([apart(a, b) for a, b in zip(after, before, strict=True)])
+
+
+@rule(
+    "idle() calls net and each of shard_units() exactly once, and changes nothing",
+    mend="run net once on no rows at all, through every unit: ranks in step gather a unit per call",
+    bound=0,
+)
+def idle(s: Subject) -> Finding:
+    """Modules that were not called once, weights and answers that changed."""
+    net = s.adapter.net
+    calls: dict[nn.Module, int] = dict.fromkeys([net, *s.adapter.shard_units()], 0)
+
+    def count(module: nn.Module, _: object) -> None:
+        calls[module] += 1
+
+    values = [*net.parameters(), *net.buffers()]
+    kept = [value.clone() for value in values]
+    before = s.asked(lambda: s.adapter.prefill(s.contexts))
+    handles = [module.register_forward_pre_hook(count) for module in calls]
+    try:
+        s.adapter.idle()
+    finally:
+        for handle in handles:
+            handle.remove()
+    after = s.asked(lambda: s.adapter.prefill(s.contexts))
+    names = {module: name for name, module in net.named_modules(prefix="net")}
+    wrong = [f"{names[m]} was called {n} times" for m, n in calls.items() if n != 1]
+    if not all(map(torch.equal, [*values, *after], [*kept, *before])):
+        wrong.append("weights or answers changed")
+    return Finding(len(wrong), short_list(wrong))
 
 
 # ---- words and pixels

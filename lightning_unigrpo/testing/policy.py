@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lightning_unigrpo.testing.report import (
     ATOL,
@@ -18,6 +20,7 @@ from lightning_unigrpo.testing.subject import (
     apart,
     image_total,
     nats,
+    only_first,
     short_list,
     trajectory_of,
     weighted,
@@ -121,6 +124,31 @@ def gradients(s: Subject) -> Finding:
         wrong += [names[id(p)] for p, g in pairs if g is None or not bool(g.isfinite().all())]
         if live and not any(g is not None and bool(g.any()) for _, g in pairs):
             wrong.append(f"all of {group!r}")
+    return Finding(len(wrong), short_list(wrong))
+
+
+@rule(
+    "unreached(plan) is what texts alone, or images alone, leave without a gradient",
+    mend="list what stands behind the last use: the other head, the last layer's other expert",
+    bound=0,
+)
+def unreached(s: Subject) -> Finding:
+    """Weights that a strategy would wait for, and weights that would be frozen although they are used."""
+    names = {id(p): name for name, p in s.adapter.net.named_parameters()}
+    live = [p for p in s.adapter.net.parameters() if p.requires_grad]
+    wrong = []
+    for plan in ("text", "image"):
+        batch = [only_first(trajectory, plan) for trajectory in s.trajectories]
+        with torch.enable_grad():
+            scores = s.adapter(batch)
+            total = weighted(scores.text) if plan == "text" else image_total(scores)
+        found: Sequence[Tensor | None] = torch.autograd.grad(total, live, allow_unused=True)
+        listed = {id(p) for p in s.adapter.unreached((plan,))}
+        for p, g in zip(live, found, strict=True):
+            if g is None and id(p) not in listed:
+                wrong.append(f"{names[id(p)]} without a gradient of {plan}")
+            elif g is not None and bool(g.any()) and id(p) in listed:
+                wrong.append(f"{names[id(p)]} listed, but reached by {plan}")
     return Finding(len(wrong), short_list(wrong))
 
 

@@ -24,6 +24,7 @@ from lightning_unigrpo.types import (
     TextSegment,
     TokenImageSegment,
     Trajectory,
+    sampled,
 )
 
 Build: TypeAlias = Callable[[], Cache]
@@ -221,6 +222,17 @@ def codes_of(segment: Segment) -> Tensor:
 def trajectory_of(prompt: Prompt, segments: list[Segment]) -> Trajectory:
     """Return a trajectory of one group."""
     return Trajectory(prompt=prompt, segments=segments, group=0, member=0)
+
+
+def only_first(trajectory: Trajectory, kind: str) -> Trajectory:
+    """Return what a plan of one text or one image leaves of a trajectory: the prompt, and that segment."""
+    given = [segment for segment in trajectory.segments if not segment.is_sampled]
+    first = next(
+        segment
+        for _, segment in sampled([trajectory])
+        if isinstance(segment, TextSegment) == (kind == "text")
+    )
+    return trajectory_of(trajectory.prompt, [*given, first])
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
