@@ -32,6 +32,7 @@ from tests.test_bagel import (
 
 # What torch 2.13's own compiler does: the first when it is imported, the second as it traces.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
     pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
@@ -181,7 +182,6 @@ def test_sampled_text_is_the_same(
         torch.testing.assert_close(a.log_prob, b.log_prob, atol=ATOL, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ for a CPU")
 def test_inductor(generator: torch.Generator) -> None:
     """The real compiler, both views and the gradients."""

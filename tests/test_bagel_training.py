@@ -105,7 +105,8 @@ def test_full_fine_tuning(folder: Path) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lora(folder: Path, dtype: str) -> None:
     """Adapters train, the base does not; what is saved has the adapters added in."""
     model = fit(

@@ -30,6 +30,7 @@ from tests.test_module import Record, _NoSchedule, fit, flat, small
 from tests.test_rollout import same
 from tests.toys import ToyFlow
 
+pytestmark = pytest.mark.slow
 LONG, SHORT = (Prompt(text=" ".join(["9"] * num), id=num) for num in (WORDS, 2))
 TEXT_TO_IMAGE = sampling("text", "image")
 
