@@ -615,6 +615,37 @@ def test_executors_agree(
     assert_same_gradients(expected, gradients(adapter, rows))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_flex_attention_sees_the_same(generator: torch.Generator, rounds: int) -> None:
+    """Values on a CPU, where torch runs it unfused; equal beginnings shared, and padding beside them."""
+    rows, flex = [*trajectories(rounds, generator), *alike(generator)], build(attention="flex")
+    with torch.no_grad():
+        expected = build()(rows)
+        _, used = captured(flex, lambda: flex(rows))
+        assert isinstance(used, attention.FlexPackedAttention)
+        assert_scores(flex(rows), expected.text, expected.velocity)
+    with pytest.raises(ValueError, match=r"adapter\.attention is 'flex', .* on a CPU"):
+        flex(rows)
+    with pytest.raises(ValueError, match=r"adapter\.detach_context"):
+        build(attention="flex", detach_context=True)
+
+
+@pytest.mark.gpu
+def test_flex_attention_on_a_gpu(generator: torch.Generator) -> None:
+    """Values and gradients."""
+    rows = trajectories(2, generator)
+    for row in rows:
+        for segment in row.segments:
+            for name, value in vars(segment).items():
+                if isinstance(value, Tensor):
+                    setattr(segment, name, value.cuda())
+    plain, flex = build().cuda(), build(attention="flex").cuda()
+    expected = plain(rows)
+    assert_scores(flex(rows), expected.text, expected.velocity)
+    assert_same_gradients(gradients(plain, rows), gradients(flex, rows))
+
+
 @pytest.mark.parametrize("tile", [0, 12, 20])
 def test_small_noise_blocks_attend_together(
     adapter: BagelAdapter, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, tile: int

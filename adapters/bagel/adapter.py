@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_unigrpo.adapter import Adapter, Footprint, token_log_probs
 from lightning_unigrpo.adapters.bagel.attention import (
     CachedAttention,
+    FlexPackedAttention,
+    Layout,
     NextWord,
     PackedAttention,
 )
@@ -24,7 +26,7 @@ from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
 from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
 from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
 from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, lora_off
-from lightning_unigrpo.adapters.bagel.network import BagelNet, Layer, Pack
+from lightning_unigrpo.adapters.bagel.network import Attention, BagelNet, Layer, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
@@ -95,6 +97,7 @@ class BagelAdapter(Adapter):
         guide: how evaluation guides, where ``sampling.guidance_scale`` is above 1.
         detach_context: cut the image loss's gradient into the reasoning's keys and values.
         gradient_checkpointing: recompute each layer in the backward pass.
+        attention: of the packed pass: ``sdpa``, or ``flex`` (FlexAttention) on a GPU.
         compile_layers: fuse what stands between two attentions with ``torch.compile``, and keep shapes few.
         freeze: parameters that are not trained, by any part of their names: ``("vae2llm", "llm2vae",
             "time_embedder")`` for the bridges, ``("embed_tokens", "lm_head")`` for the vocabulary. A whole
@@ -118,6 +121,7 @@ class BagelAdapter(Adapter):
         guide: Guidance | None = None,
         detach_context: bool = False,
         gradient_checkpointing: bool = False,
+        attention: Literal["sdpa", "flex"] = "sdpa",
         compile_layers: bool = False,
         freeze: Sequence[str] = (),
         share_prefixes: bool = True,
@@ -137,7 +141,12 @@ class BagelAdapter(Adapter):
         self.default_size, self.detach_context = default_size, detach_context
         self.share_prefixes, self.lora = share_prefixes, lora
         self.stop_token, self.latent_channels = config.eos, config.latent_channels
-        self.compile_layers, self.freeze = compile_layers, tuple(freeze)
+        if attention == "flex" and detach_context:
+            raise ValueError(
+                "adapter.attention is 'flex', where adapter.detach_context cannot cut a gradient; give "
+                "'sdpa'."
+            )
+        self.attention, self.compile_layers, self.freeze = attention, compile_layers, tuple(freeze)
         if compile_layers:
             self.net.compile_layers()
         self._freeze()
@@ -517,14 +526,22 @@ class BagelAdapter(Adapter):
                 position = self._pack(packer, segment, position, steps)
         pack, layout = packer.finish()
         num_rows = len(pack.positions) + len(pack.latents)
-        attention = PackedAttention(layout, num_rows, detach_context=self.detach_context)
-        logits, velocity = self.net(pack, attention)
+        logits, velocity = self.net(pack, self._packed_attention(layout, num_rows))
         shapes = packer.velocity_shapes
         parts = velocity.split([shape[:2].numel() for shape in shapes]) if shapes else ()
         scores = Scores(velocity=[v.view(s) for v, s in zip(parts, shapes, strict=True)])
         if texts := [s for _, s in sampled(trajectories) if isinstance(s, TextSegment)]:
             scores.text, scores.entropy = score_texts(logits, texts)
         return scores
+
+    def _packed_attention(self, layout: Layout, num_rows: int) -> Attention:
+        if self.attention == "flex":
+            if torch.is_grad_enabled() and self.device.type == "cpu":
+                raise ValueError(
+                    "adapter.attention is 'flex', which torch cannot differentiate on a CPU; give 'sdpa'."
+                )
+            return FlexPackedAttention(layout, num_rows)
+        return PackedAttention(layout, num_rows, detach_context=self.detach_context)
 
     def _pack(self, packer: Packer, segment: Segment, position: int, steps: slice) -> int:
         """Add a segment to the present sample; returns the position behind it.

@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_unigrpo.adapters.bagel.network import Heads
@@ -242,6 +244,50 @@ class PackedAttention:
         parts = [x[:, :, where] for where in seen]
         cut = self.detach_context and kind == Kind.NOISE
         return [part.detach() for part in parts] if cut else parts
+
+
+class FlexPackedAttention:
+    """:class:`PackedAttention` by torch's FlexAttention: one call a layer, which skips blocks without pairs.
+
+    CUDA only: torch has no backward of it for a CPU. A gradient cannot be cut in it.
+
+    Args:
+        layout: the sequences.
+        num_rows: flat rows in all.
+
+    Source: FlexAttention, https://arxiv.org/abs/2412.05496.
+    """
+
+    def __init__(self, layout: Layout, num_rows: int) -> None:
+        self.layout = layout
+        samples, length = layout.rows.shape
+        block, kind, valid = layout.block, layout.kind, layout.valid
+        causal, noise = int(Kind.CAUSAL), int(Kind.NOISE)  # torch 2.13 loses comparisons with an IntEnum
+
+        def visible(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = block[b, q] == block[b, k]
+            together = same & (kind[b, q] != causal)
+            hidden = (kind[b, k] == noise) & ~same
+            return ((q >= k) | together) & ~hidden & valid[b, k]
+
+        device = str(layout.rows.device)
+        self.mask = create_block_mask(visible, samples, None, length, length, device=device)
+        places = valid.flatten().nonzero().squeeze(1)
+        self.place = torch.empty(num_rows, dtype=torch.long, device=places.device)
+        self.place[layout.rows.flatten()[places]] = places
+
+    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+        """Return ``[M_e, H * D]`` per expert."""
+        query, key, value = (x[self.layout.rows].transpose(1, 2) for x in heads)
+        run = _compiled_flex() if query.is_cuda else cast(Any, flex_attention)
+        out: Tensor = run(query, key, value, block_mask=self.mask, enable_gqa=True)
+        return _rows(out.transpose(1, 2).flatten(2).flatten(0, 1), self.place, sizes)
+
+
+@cache
+def _compiled_flex() -> Any:
+    """Compile once: without it every pair of rows would have its score in memory."""
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
