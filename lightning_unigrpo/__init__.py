@@ -11,6 +11,7 @@ from lightning_unigrpo.callbacks import (
     RunReport,
     UniGRPOCallback,
 )
+from lightning_unigrpo.checkpoint import latest_checkpoint
 from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.guard import OnPolicyError
@@ -53,5 +54,6 @@ __all__ = [
     "Trajectory",
     "UniGRPOCallback",
     "UniGRPOModule",
+    "latest_checkpoint",
     "token_log_probs",
 ]

@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,6 +36,19 @@ from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping, penalise_truncation
 from lightning_unigrpo.callbacks.reference import ReferenceVelocity
 from lightning_unigrpo.callbacks.rewards import RewardLogger
+from lightning_unigrpo.checkpoint import (
+    ORIGIN,
+    Origin,
+    States,
+    accept,
+    by_name,
+    describe,
+    find_whole,
+    get_states,
+    look_first,
+    notes,
+    set_states,
+)
 from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
@@ -93,6 +110,7 @@ class UniGRPOModule(LightningModule):
         self._prompts = prompts
         self._guarded = True  # nothing sampled yet that could be compared
         self._is_configured = False
+        self._generators: States | None = None
         # A list: a bare Module would be registered.
         self.skeleton: list[nn.Module] = []
         self.rollout_mode: distributed.Mode | None = None
@@ -134,6 +152,16 @@ class UniGRPOModule(LightningModule):
                     "policies. Build the backbone (and its LoRA) with dropout 0."
                 )
 
+    def _refuse_averaging(self) -> None:
+        """Lightning's callback calls :meth:`configure_model` where no strategy shards, so none would."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        averaging = any(isinstance(c, WeightAveraging) for c in callbacks)
+        if averaging and distributed.kind_of(self.trainer.strategy) != "whole":
+            raise ValueError(
+                "trainer.callbacks has a WeightAveraging (EMAWeightAveraging), which Lightning does not "
+                "support where weights are sharded. Leave it out, or set trainer.strategy to ddp."
+            )
+
     # ---- set-up
 
     @override
@@ -144,13 +172,20 @@ class UniGRPOModule(LightningModule):
         return [c for c in own if not any(isinstance(user, type(c)) for user in given)]
 
     @override
+    def setup(self, stage: str) -> None:
+        """Have checkpoints looked at before they are loaded: Lightning names their path nowhere earlier."""
+        distributed.settle(self.trainer.strategy, self.optim.max_grad_norm)
+        look_first(self.trainer.strategy, self.accept_checkpoint)
+
+    @override
     def configure_model(self) -> None:
         """Read the weights, freeze what is not trained, and give each rank its part, once."""
         strategy, adapter = self.trainer.strategy, self.adapter
         if not self._is_configured:
             distributed.check_strategy(strategy, adapter.net)
+            self._refuse_averaging()
             self._freeze()
-            if distributed.kind_of(strategy) in ("fsdp", "fsdp2"):
+            if distributed.is_sharded(strategy):
                 self.skeleton = [distributed.skeleton_of(adapter.net)]
             adapter.net = distributed.shard(
                 adapter.net, adapter.shard_units(), strategy, adapter.fill
@@ -185,7 +220,10 @@ class UniGRPOModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = self._trainable()
         for name, parameters in groups.items():
-            warn_if_rounded_away(name, parameters, self._learning_rate(name))
+            if (
+                distributed.kind_of(self.trainer.strategy) != "deepspeed"
+            ):  # it steps in float32 copies
+                warn_if_rounded_away(name, parameters, self._learning_rate(name))
         optimizer = torch.optim.AdamW(
             [
                 {"params": parameters, "lr": self._learning_rate(name), "name": name}
@@ -203,12 +241,15 @@ class UniGRPOModule(LightningModule):
     @override
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Collect, then climb: the whole algorithm."""
+        if self._generators is not None:  # a resumed run does not draw what was drawn in between
+            set_states(self._generators, self.device)
         experience = self.collect(batch)
         self.recompute_old(experience)
         for minibatch in self.minibatches(experience):
             self.update(minibatch, experience)
         self._log(experience)
         self.iteration += 1
+        self._generators = get_states(self.device)
 
     def collect(self, prompts: Sequence[Prompt]) -> Experience:
         """Draw this rank's rollouts, score them, and turn rewards into advantages."""
@@ -283,7 +324,7 @@ class UniGRPOModule(LightningModule):
             )
         if self.rollout_mode == "resident":
             return distributed.resident(self.adapter, skeleton, strategy)
-        return distributed.lockstep(self.adapter.net, self.adapter.idle)
+        return distributed.unit_by_unit(self.adapter, skeleton, strategy)
 
     @torch.no_grad()
     def recompute_old(self, experience: Experience) -> None:
@@ -364,16 +405,18 @@ class UniGRPOModule(LightningModule):
                 counts=counts,
             )
             is_last = done + 1 == self.num_micro_batches(minibatch)
-            with nullcontext() if is_last else distributed.no_sync(self.trainer.strategy):
+            with distributed.accumulate(self.trainer.strategy, is_last=is_last):
                 # Data-parallel strategies average gradients over ranks; our counts are already global.
                 self.manual_backward(loss * distributed.world_size())
             metrics.add(found)
             self.progress("update", done + 1, self.num_micro_batches(minibatch))
         self._check(mismatches, experience)
+        has_engine = distributed.kind_of(self.trainer.strategy) == "deepspeed"
         norms = distributed.clip_grad_norms(
-            self._trainable(), self.optim.max_grad_norm, self.adapter.net
+            {} if has_engine else self._trainable(), self.optim.max_grad_norm, self.adapter.net
         )
         optimizer.step()
+        norms |= distributed.engine_norms(self.trainer.strategy)
         cast(Any, self.lr_schedulers()).step()
         experience.metrics |= distributed.reduce_named(metrics.sums, metrics.maxima)
         experience.metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
@@ -498,12 +541,58 @@ class UniGRPOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["iteration"] = self.iteration
         checkpoint["rollout_mode"] = self.rollout_mode
+        checkpoint["generators"] = distributed.gather_objects(self._generators)
+        checkpoint[ORIGIN] = self.origin()
+        if distributed.kind_of(self.trainer.strategy) == "whole":
+            names = {parameter: name for name, parameter in self.named_parameters()}
+            optimizers = self.trainer.optimizers
+            states = checkpoint.get("optimizer_states", [])
+            checkpoint["optimizer_states"] = [*map(partial(by_name, names), optimizers, states)]
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.iteration = checkpoint.get("iteration", 0)
         if self.sampling.rollout_weights == "auto":
             self.rollout_mode = checkpoint.get("rollout_mode")
+        states = checkpoint.get("generators", [])
+        if len(states) == distributed.world_size():
+            self._generators = states[distributed.rank()]
+
+    def origin(self) -> Origin:
+        """Return what a checkpoint says of this run."""
+        if not self._is_configured:
+            self._freeze()
+        net = self.skeleton[0] if self.skeleton else self.adapter.net
+        return {
+            **describe(self.adapter, net, self.sampling, self.objective, self.optim),
+            "iteration": self.iteration,
+            "strategy": distributed.kind_of(self.trainer.strategy),
+            "world_size": self.trainer.world_size,
+            "torch": str(torch.__version__),
+        }
+
+    def accept_checkpoint(self, path: str | Path, weights_only: bool | None = None) -> Path:
+        """Return the checkpoint to load: ``path``, or the one before where it was never put in place.
+
+        Raises:
+            ValueError: when it is torn or of another policy, on every rank.
+        """
+        asked = Path(self.trainer.strategy.broadcast(path))
+        found, fitting = find_whole(asked), self.trainer.state.fn == TrainerFn.FITTING
+        error: Exception | None = None
+        try:
+            theirs = accept(found, self.origin(), fitting=fitting, weights_only=weights_only)
+        except ValueError as raised:
+            error = raised
+        distributed.agree(error)
+        if found != asked:
+            rank_zero_warn(
+                f"{asked} is not there: its writer was ended between two renames. The checkpoint before "
+                f"it is loaded, {found}, of iteration {theirs['iteration']}."
+            )
+        for note in notes(theirs, self.origin()) if fitting else ():
+            rank_zero_warn(note)
+        return found
 
 
 def _seeded(sampling: Sampling) -> Sampling:

@@ -389,6 +389,14 @@ def detached_bagel() -> TinyBagel:
     return adapter
 
 
+def by_beginning(self: Any) -> dict[str, list[nn.Parameter]]:
+    """Sort weights by how their names begin, which FSDP changes."""
+    groups: dict[str, list[nn.Parameter]] = {"text": [], "flow": []}
+    for name, parameter in self.net.named_parameters():
+        groups["flow" if name.startswith("image") else "text"].append(parameter)
+    return groups
+
+
 def busy_idle(self: Any) -> None:
     """Keep step, but leave a trace."""
     ToyFlow.idle(self)
@@ -398,6 +406,7 @@ def busy_idle(self: Any) -> None:
 FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("weights_under_net", with_net(lambda a: setattr(a, "more", nn.Linear(1, 1)))),
     ("param_groups", changed(ToyFlow, param_groups=lambda s: {"text": [], "flow": []})),
+    ("param_groups", changed(ToyFlow, param_groups=by_beginning)),
     ("no_dropout", with_net(lambda a: setattr(a.net, "drop", nn.Dropout(0.1)))),
     ("modules_in_their_place", changed(ToyFlow, frozen_modules=lambda s: [s.net.layers[0]])),
     ("repeatable", changed(ToyFlow, prefill=noisy_prefill)),

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from safetensors.torch import save_file
 
-from lightning_unigrpo.cli import main, run
+from lightning_unigrpo.adapters.digits import DigitsAdapter
+from lightning_unigrpo.cli import find_checkpoint, main, run
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
 PROMPTS = (
@@ -64,12 +66,24 @@ def test_fit_reports_and_its_config_reproduces_it(folder: Path) -> None:
 
 
 def test_resume_goes_on_to_the_same_numbers(folder: Path) -> None:
+    """The same line starts a run and goes on with it, as after a restart by a scheduler."""
     run(fit())
-    run(fit(steps=2))
-    run(fit(f"--ckpt_path={version(1)}/checkpoints/last.ckpt"))
-    whole, part, rest = (metrics(version(i)) for i in range(3))
+    saved = [f"--trainer.default_root_dir={folder}/mine", "--ckpt_path=last"]
+    logger = "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: mine, name: null}}"
+    run(fit(*saved, logger, steps=2))
+    run(fit(*saved, logger))
+    whole = metrics(version(0))
+    part, rest = (metrics(Path("mine") / f"version_{number}") for number in (0, 1))
     assert part | rest == whole
     assert set(rest) == {2.0, 3.0}
+
+
+def test_a_folder_of_runs_stands_for_its_newest_checkpoint(folder: Path) -> None:
+    run(fit(steps=1))
+    cli = run(["predict", "--config", CONFIG, "--data.predict=draw one", "--ckpt_path=runs"])
+    last = version(0) / "checkpoints" / "last.ckpt"
+    assert cli.trainer.ckpt_path == str(last)
+    assert find_checkpoint(str(last), Namespace()) == str(last)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -147,6 +161,10 @@ MISTAKES = {
         "dirpath",
     ),
     "unknown word": (["--data.train=words.txt"], "does not know"),
+    "torn checkpoint": (["--ckpt_path=torn.ckpt"], "torn.ckpt is refused: it is torn"),
+    "foreign checkpoint": (["--ckpt_path=foreign.ckpt"], "no run of UniGRPOModule wrote it"),
+    "no checkpoint": (["--ckpt_path=nowhere.ckpt"], "there is no such file or folder"),
+    "empty folder": (["--ckpt_path=empty"], "a folder without a whole checkpoint in it"),
 }
 
 
@@ -155,14 +173,50 @@ def test_mistakes_are_one_screen_that_names_the_key(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "empty.txt").touch()
+    (folder / "empty").mkdir()
+    torch.save({"state_dict": {}}, folder / "foreign.ckpt")
+    (folder / "torn.ckpt").write_bytes((folder / "foreign.ckpt").read_bytes()[:-9])
     (folder / "words.txt").write_text("draw a purple elephant\nwhat is love\n")
     save_file({"language_model.lm_head.weight": torch.zeros(3, 3)}, folder / "other.safetensors")
     arguments, key = MISTAKES[name]
-    monkeypatch.setattr("sys.argv", ["unigrpo", *fit(*arguments)])
+    if (
+        "--ckpt_path" in arguments[0]
+    ):  # refused before any weights are read, and before anything is tested
+        monkeypatch.setattr(DigitsAdapter, "materialize", lambda _: pytest.fail("too late"))
+    assert key in screen(fit(*arguments), capsys, monkeypatch)
+
+
+def screen(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Return what the command line says when it ends with an error."""
+    monkeypatch.setattr("sys.argv", ["unigrpo", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
     lines = capsys.readouterr().err.split("error: ", 1)[1].splitlines()
-    assert key in "\n".join(lines)
     assert len(lines) < 24
     assert "Traceback" not in "\n".join(lines)
+    return "\n".join(lines)
+
+
+def test_a_lost_rank_is_one_screen_that_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:59594.")
+    error.__notes__ = ["Rank 0 of 2 does not reach another rank", "Go on"]  # type: ignore[attr-defined]
+
+    def lost() -> None:
+        raise error
+
+    monkeypatch.setattr("lightning_unigrpo.cli.run", lost)
+    text = screen(["fit"], capsys, monkeypatch)
+    assert text.startswith("[pair.cc:553] Connection closed by peer")  # the original, not hidden
+    assert "Rank 0 of 2 does not reach another rank\nGo on" in text
+
+
+def test_only_a_folder_with_a_checkpoint_becomes_a_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = screen(["consolidate", str(folder)], capsys, monkeypatch)
+    assert "is no folder with a checkpoint: it has no meta.pt" in text

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "config"),
     ("flow", "objective", "advantage"),
     ("adapter", "reward", "distributed"),
-    ("rollout", "loss"),
+    ("rollout", "loss", "checkpoint"),
     ("guard", "callbacks", "data", "budget"),
     ("module",),
     ("estimate",),
@@ -35,6 +35,7 @@ COMMAND_LINE = LAYER["cli"]
 # The module may fall back on a built-in reward; a backbone is always handed to it.
 VARIANTS = {("digits", "bagel")}
 """Adapter families (who, what) that are a small form of another and share its code."""
+FOLDERS = {"adapters", "rewards", "callbacks", "testing", "distributed", "checkpoint"}
 LEAF_USERS = {"adapters": COMMAND_LINE, "rewards": LAYER["module"], "testing": COMMAND_LINE}
 TYPES_ONLY = {("callbacks", "module"), ("data", "module")}
 """Imports (who, what) that may stand under TYPE_CHECKING against the direction."""
@@ -82,7 +83,7 @@ def read_imports(module: str, source: str) -> Iterator[Import]:
 def may_import(importer: list[str], target: list[str], families: frozenset[str]) -> bool:
     """Say whether one module of the package may import another; both as paths below the root."""
     who, what = importer[0], target[0]
-    if who == what and who in {"adapters", "rewards", "callbacks", "testing", "distributed"}:
+    if who == what and who in FOLDERS:
         foreign = target[1:2] and target[1] in families and target[1] != importer[1]
         return importer[1] == "__init__" or not foreign or (importer[1], target[1]) in VARIANTS
     layer = LAYER.get(who)

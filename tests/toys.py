@@ -104,7 +104,7 @@ class ToyCache(Cache):
     """Keys and values of B ragged prefixes; a slot counts for the rows where it is ``valid``."""
 
     def __init__(self, net: ToyNet, num_rows: int) -> None:
-        weight = net.words.weight  # a part of it, where it is sharded: it says dtype and device only
+        weight = net.words.weight  # for dtype and device only: a rank may hold a part of it
         like = {"dtype": weight.dtype, "device": weight.device}
         empty = torch.zeros(num_rows, net.heads, 0, net.size // net.heads, **like)
         self.keys = [empty] * len(net.layers)  # [B, H, S, D] each
@@ -403,7 +403,7 @@ class Toy(Adapter):
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {"text": [], "flow": []}
         for name, parameter in self.net.named_parameters():
-            is_flow = "flow" in name or name.startswith("image")
+            is_flow = "flow" in name or "image" in name  # FSDP puts words before it
             groups["flow" if is_flow else "text"].append(parameter)
         return groups
 

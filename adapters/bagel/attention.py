@@ -262,7 +262,10 @@ class FlexPackedAttention:
         self.layout = layout
         samples, length = layout.rows.shape
         block, kind, valid = layout.block, layout.kind, layout.valid
-        causal, noise = int(Kind.CAUSAL), int(Kind.NOISE)  # torch 2.13 loses comparisons with an IntEnum
+        causal, noise = (
+            int(Kind.CAUSAL),
+            int(Kind.NOISE),
+        )  # torch 2.13 loses comparisons with an IntEnum
 
         def visible(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             same = block[b, q] == block[b, k]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
+
+from lightning_unigrpo import distributed
+from lightning_unigrpo.checkpoint import LAST, keep_copy, part_of, publish, tidy
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""What gloo says when another rank does not answer."""
 
 
 class IterationCheckpoint(Checkpoint):
@@ -20,6 +29,11 @@ class IterationCheckpoint(Checkpoint):
     Never in the middle of an iteration: half-updated weights would replay their batch. The first
     signal finishes the running iteration, saves and stops without validation; the second aborts and
     leaves the last checkpoint, which continues to the same numbers.
+
+    A checkpoint is a file, or a folder where the strategy saves a part from each rank (FSDP with
+    ``state_dict_type="sharded"``, ModelParallelStrategy). It is written as ``last.ckpt.part`` and renamed
+    when all of it is on the disk; while a folder takes the place of another, the one before is
+    ``last.ckpt.old``, which is loaded when ``last.ckpt`` is missing.
 
     Args:
         every: iterations between checkpoints; 0 = only at the end and on a signal.
@@ -49,10 +63,16 @@ class IterationCheckpoint(Checkpoint):
         self._folder = Path(trainer.strategy.broadcast(root))
         if trainer.is_global_zero:
             _require_writable(self._folder)
+            tidy(self._folder)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.interrupted = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: Lightning has put a handler for SIGTERM in place by now, which ends the run in the
+        # middle of an epoch, and which talks to other ranks at a moment that is another one on each.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -73,7 +93,7 @@ class IterationCheckpoint(Checkpoint):
         iteration = int(pl_module.iteration)  # type: ignore[arg-type]
         # After the last iteration too, here rather than in on_train_end: there the epoch has moved on.
         if stop or _is_last(trainer) or (self.every and iteration % self.every == 0):
-            self._save(trainer, iteration)
+            self._save(trainer, pl_module, iteration)
         if stop:
             self.interrupted = True
             trainer.should_stop = True
@@ -81,29 +101,65 @@ class IterationCheckpoint(Checkpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore_handlers()
         iteration = int(pl_module.iteration)  # type: ignore[arg-type]
         if not self.interrupted and iteration != self._saved:
-            self._save(trainer, iteration)
+            self._save(trainer, pl_module, iteration)
         if self.last_path is not None:
             rank_zero_info(f"Checkpoint of iteration {self._saved}: {self.last_path}")
 
-    def _save(self, trainer: Trainer, iteration: int) -> None:
-        self.last_path = self._folder / "last.ckpt"
-        fresh = self._folder / "last.ckpt.part"
-        trainer.save_checkpoint(fresh, weights_only=False)
-        if trainer.is_global_zero:
-            fresh.replace(self.last_path)  # a reader finds the old file or the new one, never half
-        if self.keep and iteration % self.keep == 0:
-            trainer.save_checkpoint(
-                self._folder / f"iteration={iteration}.ckpt", weights_only=False
-            )
-        self._saved = iteration
+    def _save(self, trainer: Trainer, module: LightningModule, iteration: int) -> None:
+        path = self._folder / LAST
+        trainer.save_checkpoint(part_of(path), weights_only=False)
+        error: Exception | None = None
+        try:
+            if trainer.is_global_zero:
+                publish(path, module.origin())  # type: ignore[operator]
+                if self.keep and iteration % self.keep == 0:
+                    keep_copy(path, self._folder / f"iteration={iteration}.ckpt")
+        except (OSError, RuntimeError) as raised:
+            error = raised
+        distributed.agree(error)  # ranks that went on would wait for this one
+        self.last_path, self._saved = path, iteration
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore_handlers()
+        alike = [c for c in trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)]
+        if lost_a_rank(exception) and self is alike[0]:
+            text = max(alike, key=lambda each: each._saved)._how_to_go_on(trainer)
+            if sys.version_info >= (3, 11):
+                exception.add_note(text)
+            else:
+                logging.getLogger(__name__).error(text)
+
+    def _how_to_go_on(self, trainer: Trainer) -> str:
+        path = self.last_path or trainer.ckpt_path
+        saved = f" of iteration {self._saved}" if self.last_path else ""
+        return (
+            f"Rank {trainer.global_rank} of {trainer.world_size} does not reach another rank: that process "
+            "has ended or is stuck, and its own output says why. "
+            + (
+                f"Go on from the last checkpoint{saved} with ckpt_path={path} (command line: --ckpt_path "
+                "last); it repeats what came after it to the same numbers."
+                if path
+                else "No checkpoint was written yet; IterationCheckpoint's every says how often."
+            )
+        )
+
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank does not answer any more."""
+    if isinstance(error, torch.distributed.DistError):  # of NCCL, and while ranks find each other
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)
 
 
 def _is_last(trainer: Trainer) -> bool:

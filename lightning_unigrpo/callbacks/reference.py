@@ -61,7 +61,8 @@ class ReferenceVelocity(UniGRPOCallback):
             self._snapshot(trainer, module)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_fit_start: sharded strategies read the checkpoint after that.
         for twin in self._twin:
             if self._restored is not None:
                 distributed.load_whole(twin.net, self._restored)
@@ -74,6 +75,8 @@ class ReferenceVelocity(UniGRPOCallback):
         adapter = module.adapter
         twin = copy.copy(adapter)
         twin._modules = dict(adapter._modules)
+        # DeepSpeed puts hooks on the policy's adapter, which are none of the reference's.
+        twin.__dict__ |= {k: type(v)() for k, v in vars(adapter).items() if k.endswith("_hooks")}
         if module.skeleton:
             twin.net = copy.deepcopy(module.skeleton[0]).requires_grad_(False)
             twin.net = distributed.shard(
@@ -117,6 +120,8 @@ class ReferenceVelocity(UniGRPOCallback):
                 module.progress(
                     "reference", done + 1, module.num_micro_batches(experience.trajectories)
                 )
+        for twin in self._twin:
+            distributed.let_go(twin.net)
 
     def _reference(self, adapter: Adapter) -> tuple[Adapter, AbstractContextManager[None]]:
         context = adapter.reference()

@@ -79,8 +79,10 @@ class RunReport(UniGRPOCallback):
         self.metrics[self._title] = values
 
     def write(self, trainer: Trainer) -> Path:
-        """Write the files, print the table, and return the folder."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        """Write the files and print the table, on the first rank; return the folder. For all ranks."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first rank
+        if not trainer.is_global_zero:
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         record = {"test": self.metrics, "train": self.train, "held_out": self.held_out}
         (folder / "report.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -6,10 +6,11 @@ the root of FSDP its training step would run inside the root's own forward, wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -21,14 +22,14 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_unigrpo.distributed import zero
 from lightning_unigrpo.distributed.collectives import rank, reduce_sum, world_size
+from lightning_unigrpo.distributed.zero import Fill
 
-Fill: TypeAlias = Callable[[nn.Module, str], None]
-"""Called as ``fill(part, prefix)``: read the weights of a part of the network that are on the meta device."""
 Kind: TypeAlias = Literal["whole", "fsdp", "fsdp2", "deepspeed"]
 WRAPPED = "_fsdp_wrapped_module."
 
@@ -40,6 +41,11 @@ def kind_of(strategy: Strategy) -> Kind:
     if isinstance(strategy, ModelParallelStrategy):
         return "fsdp2"
     return "deepspeed" if isinstance(strategy, DeepSpeedStrategy) else "whole"
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a rank may hold a part of each weight."""
+    return kind_of(strategy) in ("fsdp", "fsdp2") or zero.stage_of(strategy) == 3
 
 
 def check_strategy(strategy: Strategy, net: nn.Module) -> None:
@@ -75,6 +81,8 @@ def check_strategy(strategy: Strategy, net: nn.Module) -> None:
                 "adapter has no plan for that. Give ModelParallelStrategy data_parallel_size: <number of "
                 "ranks> and tensor_parallel_size: 1 ('auto' means tensor parallelism on one node)."
             )
+    if kind_of(strategy) == "deepspeed":
+        zero.check(strategy, net)
 
 
 def shard(net: nn.Module, units: Sequence[nn.Module], strategy: Strategy, fill: Fill) -> nn.Module:
@@ -85,30 +93,45 @@ def shard(net: nn.Module, units: Sequence[nn.Module], strategy: Strategy, fill: 
     Args:
         net: may be on the meta device.
         units: submodules that are gathered one at a time. A user's ``auto_wrap_policy`` replaces them.
-        strategy: FSDP, FSDP2; any other leaves the network as it is.
+        strategy: FSDP, FSDP2, DeepSpeed stage 3; any other leaves the network as it is.
         fill: reads the weights of a unit.
 
     Returns:
         The network to call from now on.
     """
-    kind = kind_of(strategy)
-    if kind not in ("fsdp", "fsdp2"):
+    if kind_of(strategy) == "deepspeed":
+        zero.convert(net, strategy)
+    if not is_sharded(strategy):
         return net
+    if kind_of(strategy) == "deepspeed":
+        return zero.shard(net, units, strategy, fill)
     names = {id(module): name for name, module in net.named_modules()}
-    policy = getattr(strategy, "kwargs", {}).get("auto_wrap_policy")
+    policy = _policy(strategy)
     parts = []
     for unit in () if policy is not None else units:
         name = names[id(unit)]
         fill(unit, f"{name}.")
         _from_rank_0(unit, but=[])
-        parts.append(_wrap(unit, strategy, is_root=False))
+        parts.append(_wrap(unit, strategy, None))
         net.set_submodule(name, parts[-1])
     fill(net, "")
     _from_rank_0(net, but=parts)
-    return _wrap(net, strategy, is_root=True)
+    return _wrap(net, strategy, policy)
 
 
-def _wrap(module: nn.Module, strategy: Strategy, *, is_root: bool) -> nn.Module:
+_POLICIES: WeakKeyDictionary[Strategy, Any] = WeakKeyDictionary()
+"""The users' policies. They are taken from strategies, for Lightning would say that they are ignored."""
+
+
+def _policy(strategy: Strategy) -> Any | None:
+    """Return a user's ``auto_wrap_policy``; a reference is wrapped after the policy it is of, and alike."""
+    given = getattr(strategy, "kwargs", {}).pop("auto_wrap_policy", None)
+    if given is not None:
+        _POLICIES[strategy] = given
+    return _POLICIES.get(strategy)
+
+
+def _wrap(module: nn.Module, strategy: Strategy, policy: Any | None) -> nn.Module:
     if kind_of(strategy) == "fsdp2":
         mesh = cast(ModelParallelStrategy, strategy).device_mesh["data_parallel"]
         return cast(nn.Module, fully_shard(module, mesh=mesh))
@@ -116,9 +139,7 @@ def _wrap(module: nn.Module, strategy: Strategy, *, is_root: bool) -> nn.Module:
     if precision is not None:
         # Noise levels and latents stay float32, and so do tables of angles: the network casts them itself.
         precision = replace(precision, cast_root_forward_inputs=False, buffer_dtype=torch.float32)
-    wrapped: nn.Module = wrap(module, mixed_precision=precision)
-    if is_root:  # used up; Lightning would say that it is ignored
-        cast(FSDPStrategy, strategy).kwargs.pop("auto_wrap_policy", None)
+    wrapped: nn.Module = wrap(module, mixed_precision=precision, auto_wrap_policy=policy)
     return wrapped
 
 
@@ -142,6 +163,18 @@ def no_sync(strategy: Strategy) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def accumulate(strategy: Strategy, *, is_last: bool) -> AbstractContextManager[None]:
+    """Return the context for one of the backwards of an optimizer step.
+
+    Args:
+        strategy: any.
+        is_last: whether the step follows.
+    """
+    if kind_of(strategy) == "deepspeed":
+        return zero.accumulate(strategy, is_last=is_last)
+    return nullcontext() if is_last else no_sync(strategy)
+
+
 def clean(name: str) -> str:
     """Return a parameter's name without what FSDP puts into it."""
     return name.replace(WRAPPED, "")
@@ -158,12 +191,15 @@ def whole_parameters(
     Args:
         net: sharded or not.
         names: of those that are wanted, without what FSDP puts into them; ``None`` = all.
-        writeback: under FSDP, whether what is written into them is kept.
+        writeback: where weights are sharded, whether what is written into them is kept.
     """
 
     def wanted(name: str) -> bool:
         return names is None or name in names
 
+    if zero.is_cut(net):
+        yield from zero.parameters(net, names, writeback=writeback)
+        return
     units = [m for m in net.modules() if isinstance(m, FullyShardedDataParallel)]
     if not units:
         for name, parameter in net.named_parameters():
@@ -212,9 +248,28 @@ def load_whole(net: nn.Module, state: Mapping[str, Tensor]) -> None:
             whole.copy_(state[name])
 
 
+def let_go(net: nn.Module) -> None:
+    """Free what a forward without a backward leaves gathered, which is the root.
+
+    It would fill memory, and be read again in place of parts that have changed meanwhile.
+    """
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle  # FSDP has no public name for this
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+                handle.reshard(True)
+
+
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy one network's weights into another that is sharded in the same way; no rank needs another."""
+    if zero.is_cut(source):
+        zero.copy_weights(source, target)
+        return
+    let_go(source)
+    let_go(target)
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
         old.copy_(new)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal, Protocol, TypeAlias
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 
-from lightning_unigrpo.distributed.collectives import device, reduce_max
-from lightning_unigrpo.distributed.sharding import clean, kind_of, whole_parameters
+from lightning_unigrpo.distributed import zero
+from lightning_unigrpo.distributed.collectives import device, rank, reduce_max
+from lightning_unigrpo.distributed.sharding import clean, kind_of, let_go, whole_parameters
 
 Mode: TypeAlias = Literal["resident", "sharded"]
 
@@ -21,6 +22,13 @@ class HasNet(Protocol):
     """Anything that reaches the network by this name."""
 
     net: nn.Module
+
+
+class CanIdle(zero.HasUnits, Protocol):
+    """An adapter."""
+
+    def idle(self) -> None:
+        """Call ``net`` once, for nothing."""
 
 
 def skeleton_of(net: nn.Module) -> nn.Module:
@@ -36,18 +44,20 @@ def compute_dtype(strategy: Strategy, kind: str) -> torch.dtype | None:
     """Return the dtype that matrix products run in; ``None`` = that of the weights.
 
     Args:
-        strategy: FSDP casts all weights itself.
+        strategy: FSDP and DeepSpeed cast all weights themselves.
         kind: of device, for autocast.
     """
     if isinstance(strategy, FSDPStrategy):
         precision = strategy.mixed_precision_config
         return precision.param_dtype if precision is not None else None
+    if kind_of(strategy) == "deepspeed":
+        return zero.dtype_of(strategy)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def is_cast(module: nn.Module, strategy: Strategy) -> bool:
-    """Whether a module's weights are cast: FSDP casts all, autocast those of linear layers."""
-    return kind_of(strategy) == "fsdp" or isinstance(module, nn.Linear)
+    """Whether a module's weights are cast: FSDP and DeepSpeed cast all, autocast those of linear layers."""
+    return kind_of(strategy) in ("fsdp", "deepspeed") or isinstance(module, nn.Linear)
 
 
 @contextmanager
@@ -118,32 +128,76 @@ def _gathered(net: nn.Module, skeleton: nn.Module, strategy: Strategy) -> nn.Mod
 
 
 @contextmanager
+def unit_by_unit(holder: CanIdle, skeleton: nn.Module, strategy: Strategy) -> Iterator[None]:
+    """Gather the weights at every call, all ranks in step (:func:`lockstep`).
+
+    Args:
+        holder: an adapter.
+        skeleton: from :func:`skeleton_of`, before the network was sharded.
+        strategy: that sharded it.
+    """
+    is_cut = kind_of(strategy) == "deepspeed"
+    with (
+        zero.unhooked(holder, skeleton) if is_cut else nullcontext(),
+        lockstep(holder.net, holder.idle),
+    ):
+        yield
+
+
+class RankLostError(BaseException):
+    """A rank failed while all were gathering weights: it can neither go on nor wait, so it ends.
+
+    No ``Exception``: whoever handles those would call the other ranks, and they are waiting for weights.
+    """
+
+
+@contextmanager
 def lockstep(net: nn.Module, idle: Callable[[], object]) -> Iterator[None]:
     """Let a rank that is done go on calling the network until all are: each call gathers weights.
 
     Ranks may call it for different things and differently often inside, texts of other lengths, images of
-    other sizes, an error in the middle: every call is announced, and whoever has none left joins in.
+    other sizes, an error between two calls: every call is announced, and whoever has none left joins in.
 
     Args:
         net: sharded.
         idle: calls it once, for nothing.
+
+    Raises:
+        RankLostError: for an error inside a call. The other ranks are then ended by what started them.
     """
-    is_idle = False
+    is_idle = is_inside = False
     flags = {busy: torch.tensor(float(busy), device=device()) for busy in (True, False)}
 
-    def announce(*_: object) -> None:
+    def enter(*_: object) -> None:
+        nonlocal is_inside
         if not is_idle:
             reduce_max(flags[True])
+        is_inside = True
 
-    # Before the hooks of the strategy, which gather.
-    handle = net.register_forward_pre_hook(announce, prepend=True)
+    def leave(*_: object) -> None:
+        nonlocal is_inside
+        is_inside = False
+
+    # Before and after the hooks of the strategy, which gather.
+    handles = [
+        net.register_forward_pre_hook(enter, prepend=True),
+        net.register_forward_hook(leave),
+    ]
     try:
         yield
+    except Exception as error:
+        if is_inside:
+            raise RankLostError(f"Rank {rank()} failed inside the network: {error!r}") from error
+        raise
     finally:
         is_idle = True
-        while bool(reduce_max(flags[False])):
-            idle()
-        handle.remove()
+        if not is_inside:
+            with torch.no_grad():
+                while bool(reduce_max(flags[False])):
+                    idle()
+            let_go(net)
+        for handle in handles:
+            handle.remove()
 
 
 def choose(mode: Mode | Literal["auto"], skeleton: nn.Module, strategy: Strategy) -> Mode:

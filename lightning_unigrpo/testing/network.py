@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_unigrpo.adapter import Adapter
 from lightning_unigrpo.testing.report import (
     Finding,
     rule,
@@ -43,11 +47,12 @@ def weights_under_net(s: Subject) -> Finding:
 
 @rule(
     'param_groups() is {"text": [...], "flow": [...]}, disjoint, and holds all trainable weights',
-    mend="put each trainable parameter of net into exactly one of the two lists",
+    mend="put each trainable parameter of net into exactly one of the two lists; where names decide, "
+    'ask with "in": strategies put words into them',
     bound=0,
 )
 def param_groups(s: Subject) -> Finding:
-    """Weights that are missing, doubled or foreign."""
+    """Weights that are missing, doubled, foreign, or in another group once FSDP has wrapped the network."""
     groups = s.adapter.param_groups()
     if set(groups) != {"text", "flow"}:
         return Finding(math.inf, f"the groups are {sorted(groups)}")
@@ -60,7 +65,42 @@ def param_groups(s: Subject) -> Finding:
         or (i not in listed and s.adapter.net.get_parameter(name).requires_grad)
     ]
     foreign = [f"a parameter outside net ({i})" for i in listed if i not in own]
+    with wrapped(s.adapter):
+        later = s.adapter.param_groups()
+    for name, group in groups.items():
+        moved = {id(p) for p in group} - {id(p) for p in later[name]}
+        wrong += [f"{own[i]} no longer in {name!r} when wrapped" for i in moved if i in own]
     return Finding(len(wrong) + len(foreign), short_list(wrong + foreign))
+
+
+class Wrapped(nn.Module):
+    """Stands before a module as FSDP does: there is one more word in every name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._fsdp_wrapped_module, name)
+
+
+@contextmanager
+def wrapped(adapter: Adapter) -> Iterator[None]:
+    """Put :class:`Wrapped` before the network and each of its units, and take it away again."""
+    net, names = adapter.net, {id(m): name for name, m in adapter.net.named_modules()}
+    units = {names[id(unit)]: unit for unit in adapter.shard_units() if id(unit) in names}
+    try:
+        for name, unit in units.items():
+            net.set_submodule(name, Wrapped(unit))
+        adapter.net = Wrapped(net)
+        yield
+    finally:
+        adapter.net = net
+        for name, unit in units.items():
+            net.set_submodule(name, unit)
 
 
 @rule(
