@@ -197,7 +197,7 @@ class Experiment:
     def kill(self, phase: str, *, how: signal.Signals = signal.SIGKILL) -> Kill:
         """Let a rank die one or two iterations after where the run stands, and wait for the other."""
         at = self._stands_at() + self.draw.randint(0, 1)
-        death = Kill(phase, self.draw.randint(0, 1), at, self.draw.random())
+        death = Kill(phase, self.draw.randint(0, 1), at, self.draw.uniform(0, 0.8))
         ranks = self.start("broken", {**asdict(death), "signal": int(how)})
         victim, survivor = ranks.processes[death.rank], ranks.processes[1 - death.rank]
         died = self._wait_for_death(ranks, death.rank, how)

@@ -100,8 +100,9 @@ class Setup:
 
     @property
     def sharding(self) -> str:
-        """FSDP's sharding strategy."""
-        return str(self.settings.get("sharding_strategy", "FULL_SHARD")).upper()
+        """FSDP's sharding strategy, which may be given by name."""
+        given = self.settings.get("sharding_strategy", "FULL_SHARD")
+        return str(getattr(given, "name", given)).upper()
 
     @property
     def shards(self) -> int:

@@ -380,7 +380,9 @@ class UniGRPOModule(LightningModule):
         """Cut trajectories into forwards of what ``optim.micro_batch_size`` and ``activation_gib`` allow."""
         size = self._micro_batch_size or len(trajectories)
         for first in range(0, len(trajectories), size):
-            yield trajectories[first : first + size]
+            batch = trajectories[first : first + size]
+            distributed.require_alike(self.trainer.strategy, batch)
+            yield batch
 
     def num_micro_batches(self, trajectories: list[Trajectory]) -> int:
         """Return how many forwards :meth:`micro_batches` makes of them."""

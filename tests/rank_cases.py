@@ -46,7 +46,7 @@ from lightning_unigrpo.adapters.bagel import BagelAdapter
 from lightning_unigrpo.adapters.bagel.lora import LoRA
 from lightning_unigrpo.adapters.bagel.network import MLP
 from lightning_unigrpo.adapters.digits import DigitReward, DigitsAdapter
-from lightning_unigrpo.callbacks import Experience
+from lightning_unigrpo.callbacks import Experience, UniGRPOCallback
 from tests.materialize import Watch, now
 from tests.published import SENTENCES
 from tests.ranks import CPUFSDPStrategy, trainer_of
@@ -109,6 +109,7 @@ def settings_of(case: Case, **sampling: Any) -> dict[str, Any]:
     }
     return {
         "rewards": [case.reward],
+        "guard": Guard(action="warn"),  # the test says more
         "sampling": Sampling(**(drawn | case.sampling | sampling)),
         "objective": Objective(**(objective | case.objective)),
         "optim": Optim(**(optim | case.optim)),
@@ -297,6 +298,14 @@ class Replay(UniGRPOModule):
             self.first = experience.trajectories
 
 
+class Looking(UniGRPOCallback):
+    """A user's callback that asks the policy for something, before the reference is refreshed."""
+
+    @torch.no_grad()
+    def on_rollout_end(self, trainer: Trainer, module: Any, experience: Experience) -> None:
+        module.adapter(experience.trajectories[:1])
+
+
 class Weights(Callback):
     """Keeps the whole weights from before the first iteration."""
 
@@ -418,7 +427,7 @@ def equal(folder: Path, *names: str) -> None:
             CASES[key],
             strategy,
             root / "bagel",
-            *([saver] if save else []),
+            *([Looking(), saver] if save else []),
             trainer={"enable_checkpointing": save},
             mode=mode,
             given=given_of(root, key),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_unigrpo.guard import FLOAT32, REDUCED
 from lightning_unigrpo.types import ImageSegment, Trajectory
@@ -311,14 +312,23 @@ def test_the_reference_is_the_policy_before_the_first_update(
     assert all(abs(value) < 1e-10 for value in known)
 
 
-def test_checkpoints_hold_no_reference(launch: Launch, wrapped: list[dict[str, Any]]) -> None:
+def test_a_checkpoint_holds_no_reference(launch: Launch, wrapped: list[dict[str, Any]]) -> None:
     """Weights and AdamW's two moments, and next to nothing else."""
-    saved = torch.load(launch(2, "wrapping") / "literal.ckpt", weights_only=False)
+    path = launch(2, "wrapping") / "literal.ckpt"
+    saved = torch.load(path, weights_only=False)
     weights = {k: v for k, v in saved["state_dict"].items() if k.startswith("adapter")}
     assert sum(v.numel() * v.element_size() for v in weights.values()) == wrapped[0]["total"]
     assert not saved["callbacks"].get("ReferenceVelocity")
-    size = (launch(2, "wrapping") / "literal.ckpt").stat().st_size
-    assert size < 3.3 * wrapped[0]["total"]
+    assert path.stat().st_size < 3.3 * wrapped[0]["total"]
+
+
+def test_a_checkpoint_of_parts_holds_no_reference(
+    launch: Launch, wrapped: list[dict[str, Any]]
+) -> None:
+    reader = FileSystemReader(launch(2, "equal") / "fsdp2" / rank_cases.KEPT)
+    found = reader.read_metadata().state_dict_metadata
+    weights = [v for k, v in found.items() if k.startswith("state_dict.adapter")]
+    assert sum(4 * v.size.numel() for v in weights) == wrapped[0]["total"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("world", "name"), RESUMED)

@@ -37,7 +37,7 @@ from lightning_unigrpo.distributed.weights import (
     unit_by_unit,
 )
 from lightning_unigrpo.distributed.zero import norms as engine_norms
-from lightning_unigrpo.distributed.zero import settle
+from lightning_unigrpo.distributed.zero import require_alike, settle
 
 __all__ = [
     "Mode",
@@ -64,6 +64,7 @@ __all__ = [
     "reduce_max",
     "reduce_named",
     "reduce_sum",
+    "require_alike",
     "resident",
     "settle",
     "shard",

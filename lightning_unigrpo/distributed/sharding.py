@@ -245,7 +245,10 @@ def load_whole(net: nn.Module, state: Mapping[str, Tensor]) -> None:
             parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
     if not any(isinstance(p, DTensor) for p in net.parameters()):
         for name, whole in whole_parameters(net, writeback=True):
-            whole.copy_(state[name])
+            if rank() == 0 or not zero.is_cut(
+                net
+            ):  # rank 0's count, and its part of a checkpoint holds them
+                whole.copy_(state[name])
 
 
 def let_go(net: nn.Module) -> None:

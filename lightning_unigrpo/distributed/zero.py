@@ -20,6 +20,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 
+from lightning_unigrpo.distributed.collectives import gather_objects
+from lightning_unigrpo.types import Trajectory
+
 Fill: TypeAlias = Callable[[nn.Module, str], None]
 KEY = "trainer.strategy.init_args.config"
 OLDEST = "0.18.5"
@@ -34,6 +37,7 @@ REFUSED: Mapping[str, str] = {
     "sequence_parallel_size": "adapters have no plan for sequence parallelism",
     "managed_gradient_accumulation": "it must stay true: a step's micro-batches are counted here",
     "amp": "set trainer.precision to bf16-mixed instead",
+    "gradient_allreduce_op": "gradients must be averaged over ranks, as they are without it",
 }
 """Keys of DeepSpeed's config, and why they may not be given."""
 
@@ -96,6 +100,11 @@ def settle(strategy: Strategy, max_grad_norm: float | None) -> None:
             f"{KEY}.zero_optimization.stage is {stage_of(strategy)}; give 1, 2 or 3. Where nothing is to be "
             "cut into parts, set trainer.strategy to ddp."
         )
+    for key in ("offload_param", "offload_optimizer"):
+        if config["zero_optimization"].get(key, {}).get("device") == "nvme":
+            raise ValueError(
+                f"{KEY}.zero_optimization.{key}.device is nvme, which was never run with this; give cpu."
+            )
     precision = str(strategy.precision_plugin.precision)
     for key in ("bf16", "fp16"):
         if config.get(key, {}).get("enabled") and key not in f"fp{precision} {precision}":
@@ -218,13 +227,13 @@ def shard(net: nn.Module, units: Sequence[nn.Module], strategy: Strategy, fill: 
     """
     import deepspeed
 
-    config = cast(DeepSpeedStrategy, strategy).config
+    strategy = cast(DeepSpeedStrategy, strategy)
     is_trained = any(parameter.requires_grad for parameter in net.parameters())
     names = {id(module): name for name, module in net.named_modules()}
     for part in (*units, net):
         name = names[id(part)]
         fill(part, f"{name}." if name else "")
-        deepspeed.zero.Init(module=part, config_dict_or_path=config)
+        deepspeed.zero.Init(module=part, config_dict_or_path=strategy.config)
     module = strategy.lightning_module
     assert module is not None
     module.to(strategy.root_device)  # what is no weight: an engine for cut weights moves nothing
@@ -259,14 +268,15 @@ def gather_by_unit(net: nn.Module, units: Sequence[nn.Module]) -> None:
 def _gather_for(part: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     import deepspeed
 
-    context = deepspeed.zero.GatheredParameters(parameters) if parameters else None
+    # One by one: of several together, deepspeed 0.18 waits for the last only, and gloo keeps no order.
+    contexts = [deepspeed.zero.GatheredParameters([p]) for p in parameters]
 
     def enter(*_: object) -> None:
-        if context is not None:
+        for context in contexts:
             context.__enter__()
 
     def leave(*_: object) -> None:
-        if context is not None:
+        for context in contexts:
             context.__exit__(None, None, None)
 
     part.register_forward_pre_hook(enter)
@@ -348,7 +358,7 @@ def quiet(net: nn.Module) -> None:
     engine = engine_of(strategy) if strategy is not None else None
     if engine is None:
         return
-    engine.empty_partition_cache()
+    engine.optimizer.empty_partition_cache()  # the engine's own method collects garbage, for a second
 
     def look(does_gather: bool) -> None:
         for module in net.modules():
@@ -377,6 +387,28 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 # ---- the engine
+
+
+def require_alike(strategy: Strategy, trajectories: Sequence[Trajectory]) -> None:
+    """Refuse a packed pass that calls other modules than those of other ranks, before all wait for ever.
+
+    Args:
+        strategy: any; nothing happens unless weights are gathered module by module.
+        trajectories: of this rank's pass.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    if stage_of(strategy) != 3:
+        return
+    kinds = sorted({type(s).__name__ for t in trajectories for s in t.segments})
+    found = [" and ".join(cast(list[str], each)) for each in gather_objects(kinds)]
+    if len(set(found)) > 1:
+        raise ValueError(
+            "trainer.strategy is DeepSpeed's stage 3, which gathers the weights of the modules that a rank "
+            f"calls, so all must call the same; but their micro-batches hold {', '.join(found)}. Give all "
+            "prompts input images or none, or set trainer.strategy to fsdp or deepspeed_stage_2."
+        )
 
 
 @contextmanager
