@@ -89,29 +89,7 @@ def settle(strategy: Strategy, max_grad_norm: float | None) -> None:
     config = cast(dict[str, Any], strategy.config)
     if strategy._config_initialized:  # a later fit: the config is ours by now
         return
-    for key, reason in REFUSED.items():
-        if key in config and config[key] not in (1, True):
-            raise ValueError(f"{KEY}.{key} is {config[key]!r}; leave it out: {reason}.")
-    config.pop(
-        "gradient_accumulation_steps", None
-    )  # Lightning refuses even the 1 that it puts there
-    if not 1 <= stage_of(strategy) <= 3:
-        raise ValueError(
-            f"{KEY}.zero_optimization.stage is {stage_of(strategy)}; give 1, 2 or 3. Where nothing is to be "
-            "cut into parts, set trainer.strategy to ddp."
-        )
-    for key in ("offload_param", "offload_optimizer"):
-        if config["zero_optimization"].get(key, {}).get("device") == "nvme":
-            raise ValueError(
-                f"{KEY}.zero_optimization.{key}.device is nvme, which was never run with this; give cpu."
-            )
-    precision = str(strategy.precision_plugin.precision)
-    for key in ("bf16", "fp16"):
-        if config.get(key, {}).get("enabled") and key not in f"fp{precision} {precision}":
-            raise ValueError(
-                f"{KEY}.{key} is enabled, but trainer.precision is {precision}. Leave {KEY}.{key} out and "
-                f"set trainer.precision to {'bf16' if key == 'bf16' else '16'}-mixed."
-            )
+    _check_config(strategy, config)
     clipping = config.setdefault("gradient_clipping", max_grad_norm or 0.0)
     if max_grad_norm is not None and clipping != max_grad_norm:
         raise ValueError(
@@ -147,6 +125,33 @@ def dismiss(module: nn.Module) -> None:
     for part in module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):  # made once per module, for its first engine
             part.__dict__.pop(name, None)
+
+
+def _check_config(strategy: DeepSpeedStrategy, config: dict[str, Any]) -> None:
+    """Refuse what would train something else."""
+    for key, reason in REFUSED.items():
+        if key in config and config[key] not in (1, True):
+            raise ValueError(f"{KEY}.{key} is {config[key]!r}; leave it out: {reason}.")
+    config.pop(
+        "gradient_accumulation_steps", None
+    )  # Lightning refuses even the 1 that it puts there
+    if not 1 <= stage_of(strategy) <= 3:
+        raise ValueError(
+            f"{KEY}.zero_optimization.stage is {stage_of(strategy)}; give 1, 2 or 3. Where nothing is to be "
+            "cut into parts, set trainer.strategy to ddp."
+        )
+    for key in ("offload_param", "offload_optimizer"):
+        if config["zero_optimization"].get(key, {}).get("device") == "nvme":
+            raise ValueError(
+                f"{KEY}.zero_optimization.{key}.device is nvme, which was never run with this; give cpu."
+            )
+    precision = str(strategy.precision_plugin.precision)
+    for key in ("bf16", "fp16"):
+        if config.get(key, {}).get("enabled") and key not in f"fp{precision} {precision}":
+            raise ValueError(
+                f"{KEY}.{key} is enabled, but trainer.precision is {precision}. Leave {KEY}.{key} out and "
+                f"set trainer.precision to {'bf16' if key == 'bf16' else '16'}-mixed."
+            )
 
 
 def require() -> None:
