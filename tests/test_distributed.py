@@ -209,32 +209,6 @@ def test_ranks_train_as_one_process(world: int, name: str, root: Path, launch: L
         assert distance < 2e-4
 
 
-def test_the_cases_are_not_trivial(root: Path, launch: Launch) -> None:
-    """Ragged texts, masked groups, clipping, both modalities, and a reference that lags behind."""
-    digits, clipped = alone(root, "digits"), alone(root, "clipped")
-    lengths = [
-        {len(t.segments[1].tokens) for t in record.drawn}  # type: ignore[union-attr]
-        for record in records(launch, 2, "ddp/digits/auto")
-    ]
-    assert max(lengths[0]) > max(lengths[1])
-    assert len(lengths[1]) > 1
-    usable = {t.group: t.usable for t in digits.drawn}
-    assert set(usable.values()) == {True, False}
-    assert digits.metrics[0]["loss"] != pytest.approx(0, abs=1e-3)
-    assert all(m["grad_norm/flow"] > 0.02 for m in clipped.metrics)
-    assert max(m["grad_norm/text"] for m in clipped.metrics) > 0.2
-    lags = [m["flow/velocity_mse"] for m in digits.metrics]
-    assert lags[4] == 0  # refreshed before the third collection
-    assert min(lags[3], lags[6]) > 1e-5
-    for key in CASES:
-        record = alone(root, key)
-        assert moved(record.before, record.after) > 0.01
-    [one] = {t.group for t in alone(root, "one group").drawn}
-    assert one == 0
-    sizes = {t.segments[-1].latent.shape for t in alone(root, "lora").drawn}  # type: ignore[union-attr]
-    assert len(sizes) == 3
-
-
 # ---- the strategy's wrapping
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -18,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 
 import lightning_unigrpo.checkpoint.files as files
-from benchmarks.reliability import measure
 from lightning_unigrpo import IterationCheckpoint, UniGRPOModule, latest_checkpoint
 from lightning_unigrpo.adapters.digits import DigitsAdapter
 from lightning_unigrpo.callbacks.checkpoint import lost_a_rank
@@ -578,17 +576,3 @@ def test_parts_become_a_file_that_draws_the_same_images(
     )
     for name, image in found.items():
         assert torch.equal(image, expected[name])
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_killed_ranks_lose_nothing(tmp_path: Path) -> None:
-    """The short form of benchmarks/reliability.py."""
-    outcome = measure("fsdp sharded", tmp_path, kills=3, stop=False)
-    assert [kill.is_clear for kill in outcome.kills] == [True] * 3
-    assert max(kill.survivor_s for kill in outcome.kills) < 20
-    assert outcome.loads >= 1
-    assert outcome.torn_loads == []
-    assert outcome.differences == []
-    manifest = json.loads((tmp_path / "checkpoints" / LAST / MANIFEST).read_text())
-    assert manifest["iteration"] == outcome.iterations
