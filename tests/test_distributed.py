@@ -209,6 +209,30 @@ def test_ranks_train_as_one_process(world: int, name: str, root: Path, launch: L
         assert distance < 2e-4
 
 
+def test_the_cases_are_not_trivial(root: Path, launch: Launch) -> None:
+    """Ragged texts, masked groups, clipping of both groups, several sizes, a reference that lags behind."""
+    digits, clipped = alone(root, "digits"), alone(root, "clipped")
+    lengths = [
+        {len(t.segments[1].tokens) for t in record.drawn}  # type: ignore[union-attr]
+        for record in records(launch, 2, "ddp/digits/auto")
+    ]
+    assert max(lengths[0]) > max(lengths[1])
+    assert len(lengths[1]) > 1
+    usable = {t.group: t.usable for t in digits.drawn}
+    assert set(usable.values()) == {True, False}
+    assert abs(digits.metrics[0]["loss"]) > 0.01
+    assert all(m["grad_norm/flow"] > 0.02 and m["grad_norm/text"] > 0.02 for m in clipped.metrics)
+    lags = [m["flow/velocity_mse"] for m in digits.metrics]
+    assert lags[2 * EPOCHS] == 0  # refreshed for the third collection
+    assert min(lags[2 * EPOCHS - 1], lags[3 * EPOCHS]) > 1e-4
+    for key in CASES:
+        record = alone(root, key)
+        assert moved(record.before, record.after) > 0.01, key
+    assert len({t.group for t in alone(root, "one group").drawn}) == 1
+    sizes = {t.segments[-1].latent.shape for t in alone(root, "lora").drawn}  # type: ignore[union-attr]
+    assert len(sizes) == 3
+
+
 # ---- the strategy's wrapping
 
 
