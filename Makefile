@@ -2,7 +2,7 @@ PYTHON ?= python
 # Nothing here needs a network: weights and data come with the packages.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo lint check test test-gpu fix bench bench-digits bench-iteration bench-rollout docs clean
+.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-iteration bench-rollout bench-scaling docs clean
 
 demo:  ## train the built-in digits model on the CPU
 	unigrpo fit --config configs/digits.yaml
@@ -25,7 +25,10 @@ fix:  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: bench-digits bench-iteration bench-rollout
+bench: bench-digits bench-iteration bench-rollout bench-communication bench-scaling
+
+bench-communication:  ## bytes between ranks, counted over gloo on 2 and 4 processes
+	$(PYTHON) -m benchmarks.communication --out benchmarks/results/communication.json
 
 bench-digits:
 	$(PYTHON) benchmarks/digits.py
@@ -35,6 +38,9 @@ bench-iteration:
 
 bench-rollout:
 	$(PYTHON) benchmarks/rollout.py
+
+bench-scaling:  ## bounds for large models, computed
+	$(PYTHON) benchmarks/scaling.py --out benchmarks/results/scaling.json
 
 docs:  ## the pages are plain Markdown: run their examples, find dead links between files
 	$(PYTHON) -m pytest -m "not gpu" --doctest-glob="*.md" README.md $(wildcard docs) lightning_unigrpo

@@ -457,11 +457,7 @@ def cases_for(model: str, ranks: int) -> list[Case]:
     ways += [(s, w) for s in ("fsdp", "fsdp2") for w in ("resident", "sharded")]
     ways += [("hybrid", w) for w in ("resident", "sharded") if ranks > 2]
     found = [Case(strategy=s, rollout_weights=w) for s, w in ways]
-    return found + [
-        replace(c, precision="bf16-mixed")
-        for c in found
-        if model == "digits" and c.strategy != "ddp"
-    ]
+    return found + [replace(c, precision="bf16-mixed") for c in found if model == "digits"]
 
 
 def run(folder: Path, model: str, ranks: int, cases: list[Case], timeout: float = 600) -> Any:

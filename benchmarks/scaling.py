@@ -31,7 +31,7 @@ from lightning_unigrpo.estimate import Estimate, Traffic
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER = CONFIGS / "bagel_paper.yaml"
-BF16 = 2
+BF16, GIB = 2, 1 << 30
 MARKS = 2
 """Rows around a text or an image."""
 
@@ -214,57 +214,71 @@ def cases() -> list[tuple[str, int, str, list[str]]]:
     return found
 
 
-def main() -> None:
-    """Compute, print, and keep."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def compute() -> dict[str, Any]:
+    """Return the numbers of every case, by title."""
     machine, sizes = Machine(), paper_sizes()
-    record: dict[str, Any] = {"machine": asdict(machine)}
+    record: dict[str, Any] = {}
     for title, ranks, overlay, more in cases():
         found = look(ranks, overlay, *more)
         record[title] = {
             "rollouts": found.decode_steps // sizes.text * found.rollout_rows,
-            "GB drawing": found.rollout / 1e9,
-            "GB learning": found.update / 1e9,
+            "GiB drawing": found.rollout / GIB,
+            "GiB learning": found.update / GIB,
             "GB received": {
                 name: [each.shards / 1e9, each.replicas / 1e9]
                 for name, each in found.traffic.items()
             },
             **bounds(found, ranks, sizes, machine, hybrid=overlay == "fsdp_hybrid"),
         }
-    report({title: each for title, each in record.items() if title != "machine"})
+    return record
+
+
+SENT = ("rollout", "reference", "old policy", "update")
+
+
+def page_rows(record: dict[str, Any]) -> list[str]:
+    """Return the rows of the tables in docs/scaling.md: memory, seconds, bytes."""
+    memory, seconds, sent = [], [], []
+    for title, each in record.items():
+        work, links = each["work"], each["links"]
+        sizes = [f"{each[f'GiB {when}']:.0f} GiB" for when in ("drawing", "learning")]
+        memory.append([title, str(each["rollouts"]), *sizes])
+        pairs = [f"{work[name]:.1f} ({links[name]:.1f})" for name in SENT[1:]]
+        gather = f"{links['rollout'] + links['flags']:.1f}"
+        cells = [f"{work['decode']:.1f}", f"{work['denoise']:.1f}", gather, *pairs]
+        seconds.append([title, *cells, f"{each['iteration']:.0f}"])
+        parts = [each["GB received"][name] for name in SENT]
+        across = f"{each['GB received']['update'][1]:,.0f}"
+        sent.append([title, *(f"{sum(part):,.0f}" for part in parts), across])
+    return [f"| {' | '.join(row)} |" for table in (memory, seconds, sent) for row in table]
+
+
+def main() -> None:
+    """Compute, print, and keep."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    record = compute()
+    report(record)
+    print("\nrows of docs/scaling.md", *page_rows(record), sep="\n")
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"machine": asdict(Machine()), **record}, indent=1)
+        args.out.write_text(text + "\n", encoding="utf-8")
 
 
 def report(record: dict[str, Any]) -> None:
     """Print the seconds."""
     table = Table(title="least seconds of an iteration on one GPU: work (links)")
-    for column in (
-        "GPUs",
-        "rollouts each",
-        "decode",
-        "denoise",
-        "reference",
-        "old policy",
-        "update",
-    ):
-        table.add_column(column, justify="right")
-    for column in ("gather for rollouts", "iteration", "GB drawing", "learning"):
+    for column in ("GPUs", "rollouts", "decode", "denoise", "gather", *SENT[1:], "iteration"):
         table.add_column(column, justify="right")
     for title, each in record.items():
         work, links = each["work"], each["links"]
-        cells = [f"{work[name]:.1f}" for name in ("decode", "denoise")]
-        cells += [
-            f"{work[name]:.1f} ({links[name]:.1f})"
-            for name in ("reference", "old policy", "update")
-        ]
-        cells += [f"{links['rollout'] + links['flags']:.2f}", f"{each['iteration']:.1f}"]
-        cells += [f"{each[name]:.0f}" for name in ("GB drawing", "GB learning")]
-        table.add_row(title, str(each["rollouts"]), *cells)
-    Console(width=150).print(table)
+        pairs = [f"{work[name]:.1f} ({links[name]:.1f})" for name in SENT[1:]]
+        gather = f"{links['rollout'] + links['flags']:.1f}"
+        cells = [str(each["rollouts"]), f"{work['decode']:.1f}", f"{work['denoise']:.1f}", gather]
+        table.add_row(title, *cells, *pairs, f"{each['iteration']:.0f}")
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,8 @@ class Adapter(nn.Module, ABC):
     def unreached(self, plan: Sequence[str]) -> list[nn.Parameter]:
         """Return the weights of ``net`` that no forward of such trajectories uses; they are not trained.
 
-        Data-parallel ranks wait for a gradient of every weight that is.
+        Data-parallel ranks wait for a gradient of every weight that is. Where texts alone are trained, all
+        of the ``flow`` group may be listed, although a prompt's pictures may pass through it.
 
         Args:
             plan: ``text`` and ``image``, the sampled segments in order.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_unigrpo import distributed
 from lightning_unigrpo.adapter import Adapter
@@ -114,6 +114,8 @@ class UniGRPOModule(LightningModule):
         # A list: a bare Module would be registered.
         self.skeleton: list[nn.Module] = []
         self.rollout_mode: distributed.Mode | None = None
+        self.rollout_cost: dict[str, float] = {}
+        """``bytes`` of whole weights on each rank, and the ``seconds`` in which they were first gathered."""
         self.budget = MemoryBudget(adapter, self.sampling, self.optim)
         self._micro_batch_size = self.optim.micro_batch_size
         names = [
@@ -163,6 +165,11 @@ class UniGRPOModule(LightningModule):
             )
 
     # ---- set-up
+
+    @override
+    def cpu(self) -> Self:
+        """Stay where weights were never read: Lightning moves after an error, and its own would hide it."""
+        return self if any(p.is_meta for p in self.parameters()) else super().cpu()
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -308,23 +315,34 @@ class UniGRPOModule(LightningModule):
             details=details,
         )
 
-    def _rollout_weights(self) -> AbstractContextManager[None]:
-        """Return the context in which ``adapter.net`` may be called for one token at a time."""
+    @contextmanager
+    def _rollout_weights(self) -> Iterator[None]:
+        """Let ``adapter.net`` be called for one token at a time."""
         if not self.skeleton:
-            return distributed.cast_once(self.adapter.net)
+            with distributed.cast_once(self.adapter.net):
+                yield
+            return
         strategy, (skeleton,) = self.trainer.strategy, self.skeleton
         if self.rollout_mode is None:
             self.rollout_mode = distributed.choose(
                 self.sampling.rollout_weights, skeleton, strategy
             )
-            size = distributed.bytes_when_whole(skeleton, strategy) / GIB
+        if not self.rollout_cost:
+            size = distributed.bytes_when_whole(skeleton, strategy)
+            self.rollout_cost["bytes"] = size
             rank_zero_info(
-                f"model.sampling.rollout_weights: {self.rollout_mode} (whole they take {size:.3g} GiB "
-                "on each rank)"
+                f"model.sampling.rollout_weights: {self.rollout_mode} (whole they take {size / GIB:.3g} "
+                "GiB on each rank)"
             )
-        if self.rollout_mode == "resident":
-            return distributed.resident(self.adapter, skeleton, strategy)
-        return distributed.unit_by_unit(self.adapter, skeleton, strategy)
+        if self.rollout_mode == "sharded":
+            with distributed.unit_by_unit(self.adapter, skeleton, strategy):
+                yield
+            return
+        with distributed.resident(self.adapter, skeleton, strategy) as seconds:
+            if "seconds" not in self.rollout_cost:
+                self.rollout_cost["seconds"] = seconds
+                rank_zero_info(f"Whole weights were gathered in {seconds:.2g} s.")
+            yield
 
     @torch.no_grad()
     def recompute_old(self, experience: Experience) -> None:
@@ -543,6 +561,7 @@ class UniGRPOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["iteration"] = self.iteration
         checkpoint["rollout_mode"] = self.rollout_mode
+        checkpoint["rollout_cost"] = self.rollout_cost
         checkpoint["generators"] = distributed.gather_objects(self._generators)
         checkpoint[ORIGIN] = self.origin()
         if distributed.kind_of(self.trainer.strategy) == "whole":

@@ -570,6 +570,20 @@ def rollouts(folder: Path) -> None:
                 torch.save(record._replace(before={}, after={}), file_of(folder, name))
 
 
+def reduced(folder: Path) -> None:
+    """Train copies in bf16-mixed, all weights and LoRA's."""
+    for key in ("digits", "lora"):
+        module, record = run(
+            CASES[key],
+            "ddp",
+            root_of(folder) / "bagel",
+            iterations=2,
+            trainer={"precision": "bf16-mixed"},
+        )
+        own = module.adapter.net.state_dict()
+        torch.save(record._replace(drawn=[], after=own), file_of(folder, key))
+
+
 class Babbling(DigitsAdapter):
     """Never stops on the first rank."""
 

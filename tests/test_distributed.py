@@ -19,7 +19,7 @@ from lightning_unigrpo.guard import FLOAT32, REDUCED
 from lightning_unigrpo.types import ImageSegment, Trajectory
 from tests import rank_cases
 from tests.published import CONFIG, write_checkpoint
-from tests.rank_cases import CASES, EPOCHS, Record, file_of, run_alone
+from tests.rank_cases import CASES, EPOCHS, LIMIT, Record, file_of, run_alone
 from tests.ranks import Ranks, run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -73,6 +73,7 @@ PARTS = {
         f"equal={','.join(RUNS[2])}",
         "wrapping",
         "rollouts",
+        "reduced",
         "odd",
     ],
     3: [f"equal={','.join(RUNS[3])}"],
@@ -317,6 +318,9 @@ def test_a_checkpoint_holds_no_reference(launch: Launch, wrapped: list[dict[str,
     weights = {k: v for k, v in saved["state_dict"].items() if k.startswith("adapter")}
     assert sum(v.numel() * v.element_size() for v in weights.values()) == wrapped[0]["total"]
     assert not saved["callbacks"].get("ReferenceVelocity")
+    assert saved["rollout_mode"] == "resident"
+    assert saved["rollout_cost"]["bytes"] == wrapped[0]["total"]
+    assert 0 < saved["rollout_cost"]["seconds"] < LIMIT
     assert path.stat().st_size < 3.3 * wrapped[0]["total"]
 
 
@@ -380,6 +384,16 @@ def test_whole_and_sharded_weights_draw_the_same(
             assert 0 < value < bound
             # bfloat16 was computed in: it is coarser than float32 by four decades.
             assert (value > 1e-4) == (precision == "bf16-mixed")
+
+
+@pytest.mark.parametrize("key", ["digits", "lora"])
+def test_copies_stay_equal_in_reduced_precision(key: str, launch: Launch) -> None:
+    """DDP reduces all gradients although the rollout computed with cast weights."""
+    folder = launch(2, "reduced")
+    one, other = (torch.load(file_of(folder, key, rank), weights_only=False) for rank in range(2))
+    assert one.metrics == other.metrics
+    assert moved(one.before, one.after) > 1e-3
+    assert moved(one.after, other.after) == 0
 
 
 # ---- ranks that differ

@@ -381,6 +381,7 @@ def agree(result: dict[str, Any]) -> None:
 def test_two_ranks_send_what_is_computed(tmp_path: Path) -> None:
     cases = (
         "ddp",
+        "ddp:resident:bf16-mixed",
         "ddp:resident:32-true:text",
         "fsdp:resident:bf16-mixed",
         "fsdp:sharded",
@@ -631,3 +632,9 @@ def test_seconds_of_links() -> None:
         scaling.link_seconds(ring, 16, machine, hybrid=False) == 4200 / 80
     )  # eight cards together
     assert scaling.link_seconds(ring, 16, machine, hybrid=True) == 4000 / 400 + 200 / 10
+
+
+@pytest.mark.slow
+def test_the_page_has_the_computed_numbers() -> None:
+    page = (CONFIGS.parent / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in scaling.page_rows(scaling.compute()) if row not in page] == []

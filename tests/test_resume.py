@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import lightning_unigrpo.checkpoint.files as files
+from benchmarks.reliability import PATIENCE, measure
 from lightning_unigrpo import IterationCheckpoint, UniGRPOModule, latest_checkpoint
 from lightning_unigrpo.adapters.digits import DigitsAdapter
 from lightning_unigrpo.callbacks.checkpoint import lost_a_rank
@@ -32,6 +34,7 @@ from lightning_unigrpo.checkpoint import (
     publish,
     set_states,
 )
+from lightning_unigrpo.distributed import RankLostError
 from tests.ranks import Ranks
 from tests.resume_cases import (
     DRAWS,
@@ -167,6 +170,10 @@ def test_only_what_comes_from_other_ranks_counts_as_a_lost_rank() -> None:
     assert lost_a_rank(RuntimeError("Timed out waiting 20000ms for recv operation to complete"))
     assert not lost_a_rank(RuntimeError("the reward server timed out"))
     assert not lost_a_rank(ValueError("Connection closed by peer"))
+    for cause, expected in (("Connection closed by peer", True), ("no ink left", False)):
+        error = RankLostError("Rank 0 failed inside the network")
+        error.__cause__ = RuntimeError(cause)
+        assert lost_a_rank(error) == expected
 
 
 # ---- on the disk
@@ -576,3 +583,18 @@ def test_parts_become_a_file_that_draws_the_same_images(
     )
     for name, image in found.items():
         assert torch.equal(image, expected[name])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_killed_ranks_lose_nothing(tmp_path: Path) -> None:
+    """The short form of benchmarks/reliability.py: a rank dies in a checkpoint, a rollout, an update."""
+    outcome = measure("fsdp sharded", tmp_path, kills=3, stop=False)
+    assert [kill.is_clear for kill in outcome.kills] == [True] * 3
+    slowest = max(kill.survivor_s for kill in outcome.kills)
+    assert slowest < 2 * PATIENCE  # a process may end slowly
+    assert outcome.loads >= 1
+    assert outcome.torn_loads == []
+    assert outcome.differences == []
+    manifest = json.loads((tmp_path / "checkpoints" / LAST / MANIFEST).read_text())
+    assert manifest["iteration"] == outcome.iterations

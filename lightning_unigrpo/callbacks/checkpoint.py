@@ -157,6 +157,8 @@ class IterationCheckpoint(Checkpoint):
 
 def lost_a_rank(error: BaseException) -> bool:
     """Whether an error says that another rank does not answer any more."""
+    if isinstance(error, distributed.RankLostError):
+        return error.__cause__ is not None and lost_a_rank(error.__cause__)
     if isinstance(error, torch.distributed.DistError):  # of NCCL, and while ranks find each other
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)

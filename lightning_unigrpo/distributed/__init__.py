@@ -28,6 +28,7 @@ from lightning_unigrpo.distributed.sharding import (
 )
 from lightning_unigrpo.distributed.weights import (
     Mode,
+    RankLostError,
     bytes_when_whole,
     cast_once,
     choose,
@@ -41,6 +42,7 @@ from lightning_unigrpo.distributed.zero import require_alike, settle
 
 __all__ = [
     "Mode",
+    "RankLostError",
     "accumulate",
     "agree",
     "bytes_when_whole",

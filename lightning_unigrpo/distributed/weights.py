@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal, Protocol, TypeAlias
@@ -75,20 +76,28 @@ def cast_once(net: nn.Module) -> Iterator[None]:
         yield
         return
     dtype = torch.get_autocast_dtype(kind)
-    layers = (module for module in net.modules() if isinstance(module, nn.Linear))
-    weights = {p: p.data for layer in layers for p in layer.parameters(recurse=False)}
+    places = [
+        (layer, leaf, parameter)
+        for layer in net.modules()
+        if isinstance(layer, nn.Linear)
+        for leaf, parameter in layer.named_parameters(recurse=False)
+    ]
+    # Other parameters, not other data: data of another dtype makes autograd forget what DDP hooked to it.
+    cast = {p: nn.Parameter(p.detach().to(dtype), requires_grad=False) for _, _, p in places}
     try:
-        for parameter, value in weights.items():
-            parameter.data = value.to(dtype)
+        for layer, leaf, parameter in places:
+            setattr(layer, leaf, cast[parameter])
         yield
     finally:
-        for parameter, value in weights.items():
-            parameter.data = value
+        for layer, leaf, parameter in places:
+            setattr(layer, leaf, parameter)
 
 
 @contextmanager
-def resident(holder: HasNet, skeleton: nn.Module, strategy: Strategy) -> Iterator[None]:
+def resident(holder: HasNet, skeleton: nn.Module, strategy: Strategy) -> Iterator[float]:
     """Gather the weights once, in the compute dtype, and free them afterwards.
+
+    Gives the seconds that took.
 
     Inside, a rank calls the network as often as it likes. The casts are those of the training forward, so
     both are the same policy.
@@ -98,10 +107,13 @@ def resident(holder: HasNet, skeleton: nn.Module, strategy: Strategy) -> Iterato
         skeleton: from :func:`skeleton_of`, before the network was sharded.
         strategy: that sharded it.
     """
-    sharded = holder.net
+    sharded, begin = holder.net, time.perf_counter()
     holder.net = _gathered(sharded, skeleton, strategy)
+    if strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(strategy.root_device)
+    seconds = time.perf_counter() - begin
     try:
-        yield
+        yield seconds
     finally:
         holder.net = sharded
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias, cast
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
@@ -86,19 +87,43 @@ def settle(strategy: Strategy, max_grad_norm: float | None) -> None:
     if not isinstance(strategy, DeepSpeedStrategy):
         return
     require()
-    config = cast(dict[str, Any], strategy.config)
     if strategy._config_initialized:  # a later fit: the config is ours by now
         return
-    _check_config(strategy, config)
+    config = cast(dict[str, Any], strategy.config)
+    _check_config(config, str(strategy.precision_plugin.precision))
+    # Lightning refuses even the 1 that it puts there.
+    config.pop("gradient_accumulation_steps", None)
     clipping = config.setdefault("gradient_clipping", max_grad_norm or 0.0)
     if max_grad_norm is not None and clipping != max_grad_norm:
         raise ValueError(
-            f"{KEY}.gradient_clipping is {clipping}, but model.optim.max_grad_norm is {max_grad_norm}. "
-            "DeepSpeed clips by itself: leave gradient_clipping out, or set model.optim.max_grad_norm to "
-            "null."
+            f"{KEY}.gradient_clipping is {clipping}, but model.optim.max_grad_norm is {max_grad_norm}: "
+            "DeepSpeed clips by itself. Leave gradient_clipping out, or set max_grad_norm to null."
         )
     # Moments in the host's memory: the optimizer is torch's, which DeepSpeed allows when it is told so.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _check_config(config: Mapping[str, Any], precision: str) -> None:
+    for key, reason in REFUSED.items():
+        if key in config and config[key] not in (1, True):
+            raise ValueError(f"{KEY}.{key} is {config[key]!r}; leave it out: {reason}.")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise ValueError(
+            f"{KEY}.zero_optimization.stage is {zero.get('stage', 0)}; give 1, 2 or 3. Where nothing is to "
+            "be cut into parts, set trainer.strategy to ddp."
+        )
+    for key in ("offload_param", "offload_optimizer"):
+        if zero.get(key, {}).get("device") == "nvme":
+            raise ValueError(
+                f"{KEY}.zero_optimization.{key}.device is nvme, with which nothing was ever run; give cpu."
+            )
+    for key, begin in (("bf16", "bf16"), ("fp16", "16")):
+        if config.get(key, {}).get("enabled") and not precision.startswith(begin):
+            raise ValueError(
+                f"{KEY}.{key}.enabled is true, but trainer.precision is {precision}. Leave {key} out and set "
+                f"trainer.precision to {begin}-mixed."
+            )
 
 
 _ENGINES: WeakKeyDictionary[nn.Module, ReferenceType[Any]] = WeakKeyDictionary()
@@ -125,33 +150,6 @@ def dismiss(module: nn.Module) -> None:
     for part in module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):  # made once per module, for its first engine
             part.__dict__.pop(name, None)
-
-
-def _check_config(strategy: DeepSpeedStrategy, config: dict[str, Any]) -> None:
-    """Refuse what would train something else."""
-    for key, reason in REFUSED.items():
-        if key in config and config[key] not in (1, True):
-            raise ValueError(f"{KEY}.{key} is {config[key]!r}; leave it out: {reason}.")
-    config.pop(
-        "gradient_accumulation_steps", None
-    )  # Lightning refuses even the 1 that it puts there
-    if not 1 <= stage_of(strategy) <= 3:
-        raise ValueError(
-            f"{KEY}.zero_optimization.stage is {stage_of(strategy)}; give 1, 2 or 3. Where nothing is to be "
-            "cut into parts, set trainer.strategy to ddp."
-        )
-    for key in ("offload_param", "offload_optimizer"):
-        if config["zero_optimization"].get(key, {}).get("device") == "nvme":
-            raise ValueError(
-                f"{KEY}.zero_optimization.{key}.device is nvme, which was never run with this; give cpu."
-            )
-    precision = str(strategy.precision_plugin.precision)
-    for key in ("bf16", "fp16"):
-        if config.get(key, {}).get("enabled") and key not in f"fp{precision} {precision}":
-            raise ValueError(
-                f"{KEY}.{key} is enabled, but trainer.precision is {precision}. Leave {KEY}.{key} out and "
-                f"set trainer.precision to {'bf16' if key == 'bf16' else '16'}-mixed."
-            )
 
 
 def require() -> None:
@@ -244,7 +242,7 @@ def shard(net: nn.Module, units: Sequence[nn.Module], strategy: Strategy, fill: 
     module.to(strategy.root_device)  # what is no weight: an engine for cut weights moves nothing
     net.to(strategy.root_device)
     if is_trained:
-        _STRATEGIES[net] = strategy
+        _OWNERS[net] = ref(module)
     else:
         gather_by_unit(net, units)
     return net
@@ -345,9 +343,10 @@ def unhooked(holder: HasUnits, skeleton: nn.Module) -> Iterator[None]:
         holder.net = net
 
 
-_STRATEGIES: WeakKeyDictionary[nn.Module, Strategy] = WeakKeyDictionary()
-"""Of networks that an engine gathers."""
+_OWNERS: WeakKeyDictionary[nn.Module, ReferenceType[LightningModule]] = WeakKeyDictionary()
+"""The LightningModules of networks that an engine gathers."""
 _HOOKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""The first of the hooks that :func:`quiet` has put on a network."""
 
 
 def quiet(net: nn.Module) -> None:
@@ -359,8 +358,8 @@ def quiet(net: nn.Module) -> None:
     Args:
         net: with cut weights; nothing happens where there is no engine yet.
     """
-    strategy = _STRATEGIES.get(net)
-    engine = engine_of(strategy) if strategy is not None else None
+    owner = _OWNERS.get(net, lambda: None)()
+    engine = engine_of(owner.trainer.strategy) if owner is not None else None
     if engine is None:
         return
     engine.optimizer.empty_partition_cache()  # the engine's own method collects garbage, for a second
@@ -372,9 +371,8 @@ def quiet(net: nn.Module) -> None:
 
     look(False)
     known = _HOOKS.get(net)
-    if (
-        known is None or known.id not in net._forward_pre_hooks
-    ):  # Lightning removes all before a test
+    # Between runs all hooks are removed, here and by Lightning.
+    if known is None or known.id not in net._forward_pre_hooks:
         _HOOKS[net] = net.register_forward_pre_hook(lambda *_: look(True))
         net.register_forward_hook(lambda *_: look(False), always_call=True)
         engine.module.register_forward_pre_hook(lambda *_: quiet(net))
