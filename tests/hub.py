@@ -220,11 +220,11 @@ def entry(repository: Repository, path: str) -> dict[str, object]:
 
 def main(ids: list[str]) -> None:
     """Look for folders as a run does, and print what came of it as JSON."""
-    from lightning_unigrpo.adapters.bagel import pretrained
+    from lightning_unigrpo.adapters.common import hub
 
     def outcome(name: str) -> str:
         try:
-            return str(pretrained.find_folder(name))
+            return str(hub.find_folder(name))
         except OSError as error:
             return f"{type(error).__name__}: {error}"
 

@@ -137,7 +137,7 @@ class WrongMarks:
         config = self.config
         if self.is_sampling:
             config = replace(config, start_of_image=config.end_of_image)
-        return Packer(config, self.device)
+        return Packer(config=config, device=self.device)
 
 
 class Faulty:

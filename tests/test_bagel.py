@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_unigrpo.adapter import token_log_probs
-from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attention
-from lightning_unigrpo.adapters.bagel.cache import BagelCache
+from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel.guidance import Guidance
 from lightning_unigrpo.adapters.bagel.packing import Packer, position_ids
+from lightning_unigrpo.adapters.common import attention
+from lightning_unigrpo.adapters.common.cache import RowCache
 from lightning_unigrpo.distributed import cast_once
 from lightning_unigrpo.types import (
     Grid,
@@ -122,7 +123,7 @@ def trajectories(rounds: int, generator: torch.Generator) -> list[Trajectory]:
 
 
 def decode_into(
-    adapter: BagelAdapter, cache: BagelCache, texts: Sequence[TextSegment]
+    adapter: BagelAdapter, cache: RowCache, texts: Sequence[TextSegment]
 ) -> list[Tensor]:
     """Feed texts as a rollout does (the last token is never fed); return log-probabilities."""
     lengths = torch.tensor([len(text.tokens) for text in texts])
@@ -136,7 +137,7 @@ def decode_into(
 
 
 def velocities(
-    adapter: BagelAdapter, cache: BagelCache, images: Sequence[ImageSegment]
+    adapter: BagelAdapter, cache: RowCache, images: Sequence[ImageSegment]
 ) -> list[Tensor]:
     """Ask for every window step's velocity, row by row (the grids differ)."""
     found = []
@@ -151,14 +152,14 @@ def velocities(
     return found
 
 
-def visible(cache: BagelCache) -> list[list[Tensor]]:
+def visible(cache: RowCache) -> list[list[Tensor]]:
     """Return what each row remembers, per layer, copied."""
     lengths = cache.lengths.tolist()
     parts = [*cache.keys, *cache.values]
     return [[x[b, :n].clone() for x in parts] for b, n in enumerate(lengths)]
 
 
-def assert_same_cache(one: BagelCache, other: BagelCache, *, atol: float) -> None:
+def assert_same_cache(one: RowCache, other: RowCache, *, atol: float) -> None:
     assert torch.equal(one.lengths, other.lengths)
     assert torch.equal(one.positions, other.positions)
     assert torch.equal(one.open, other.open)
@@ -470,7 +471,7 @@ def test_velocity_follows_its_context(adapter: BagelAdapter, generator: torch.Ge
     x, sigma = torch.randn(2, 6, C, generator=generator), torch.tensor([0.8, 0.3])
     cache = adapter.prefill(contexts)
 
-    def check(used: BagelCache, rows: Sequence[Sequence[Segment]], grid: Grid) -> None:
+    def check(used: RowCache, rows: Sequence[Sequence[Segment]], grid: Grid) -> None:
         fresh = adapter.velocity(adapter.prefill(rows), x, sigma, grid)
         found = adapter.velocity(used, x, sigma, grid)
         torch.testing.assert_close(found, fresh, atol=ATOL, rtol=0)
@@ -873,7 +874,7 @@ def test_words_and_sizes(adapter: BagelAdapter) -> None:
 
 def test_packer_numbers_latents_behind_words(generator: torch.Generator) -> None:
     """Experts work on slices: understanding rows first, whatever the order of blocks."""
-    packer = Packer(CONFIG, torch.device("cpu"))
+    packer = Packer(config=CONFIG, device=torch.device("cpu"))
     for _ in range(2):
         packer.sample()
         packer.clean(ImageSegment(latent=torch.zeros(2, C), grid=(1, 2)), 0)

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_unigrpo.adapters.bagel import BagelAdapter
 from lightning_unigrpo.adapters.bagel.adapter import GRAIN
-from lightning_unigrpo.adapters.bagel.attention import NextWord
 from lightning_unigrpo.adapters.bagel.lora import LoRA
+from lightning_unigrpo.adapters.common.attention import NextWord
 from lightning_unigrpo.distributed import cast_once
 from lightning_unigrpo.rollout import sample_text
 from lightning_unigrpo.types import Scores, Segment, TextSegment, Trajectory

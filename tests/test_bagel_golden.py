@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel import adapter as contract
-from lightning_unigrpo.adapters.bagel.attention import Kind, Layout, PackedAttention
 from lightning_unigrpo.adapters.bagel.checkpoint import Checkpoint
 from lightning_unigrpo.adapters.bagel.guidance import Guidance
 from lightning_unigrpo.adapters.bagel.network import Pack, sincos_table
@@ -33,6 +32,7 @@ from lightning_unigrpo.adapters.bagel.packing import position_ids
 from lightning_unigrpo.adapters.bagel.pretrained import Source, on_meta
 from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae
 from lightning_unigrpo.adapters.bagel.vision import patchify, unpatchify
+from lightning_unigrpo.adapters.common.attention import Kind, Layout, PackedAttention
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.flow import log_prob, ode_step, sigma_schedule, transition
 from lightning_unigrpo.rollout import Draws, Start, rollout, sample_image, sample_text

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_unigrpo.adapters.bagel import BagelAdapter
-from lightning_unigrpo.adapters.bagel.checkpoint import find_folder
+from lightning_unigrpo.adapters.common.hub import find_folder
 from tests.hub import COMMIT, Cut, Hub, Repository, files, serve
 from tests.published import write_checkpoint
 from tests.test_bagel_checkpoint import load, outputs

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.bagel import BagelAdapter, load_bagel
-from lightning_unigrpo.adapters.bagel.lora import LoRA, merged
+from lightning_unigrpo.adapters.bagel.lora import LoRA
+from lightning_unigrpo.adapters.common.lora import merged
 from lightning_unigrpo.cli import run
 from lightning_unigrpo.testing import check_adapter
 from lightning_unigrpo.types import Prompt

@@ -28,9 +28,10 @@ from torch.utils.flop_counter import (
 
 from benchmarks import scaling
 from lightning_unigrpo import Objective, Optim, PromptDataModule, Sampling, UniGRPOModule
-from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, attention
+from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel import adapter as bagel
-from lightning_unigrpo.adapters.bagel.cache import BagelCache
+from lightning_unigrpo.adapters.common import attention
+from lightning_unigrpo.adapters.common.cache import RowCache
 from lightning_unigrpo.cli import run_estimate
 from lightning_unigrpo.config import compute_dtype
 from lightning_unigrpo.distributed import bytes_when_whole, skeleton_of
@@ -189,7 +190,7 @@ class Counted(BagelAdapter):
     def __init__(self, config: BagelConfig = SIZE, tokenizer: Any = None, **settings: Any) -> None:
         super().__init__(config, tokenizer or Ids(), **({"default_size": (64, 64)} | settings))
         self.calls: Counter[str] = Counter()
-        self.caches: weakref.WeakSet[BagelCache] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[RowCache] = weakref.WeakSet()
         self.rows: list[int] = []
         """Of each call on a cache."""
         self.held = 0
@@ -202,20 +203,20 @@ class Counted(BagelAdapter):
             return super().decode(latents, grid)
         return latents.mean((1, 2)).sigmoid().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
 
-    def next_logits(self, cache: BagelCache, *args: Any) -> Any:
+    def next_logits(self, cache: RowCache, *args: Any) -> Any:
         self.calls["text"] += 1
         logits = super().next_logits(cache, *args)
         self.watch(cache)
         logits[:, self.stop_token] = -1e4  # texts as long as allowed
         return logits
 
-    def velocity(self, cache: BagelCache, *args: Any) -> Any:
+    def velocity(self, cache: RowCache, *args: Any) -> Any:
         self.calls["image"] += 1
         found = super().velocity(cache, *args)
         self.watch(cache)
         return found
 
-    def watch(self, cache: BagelCache) -> None:
+    def watch(self, cache: RowCache) -> None:
         self.caches.add(cache)
         self.rows.append(len(cache))
         self.note("drawing")

@@ -141,8 +141,13 @@ def modules() -> dict[str, Path]:
     }
 
 
-FAMILIES = frozenset(
-    path.parent.name for path in (PACKAGE / "adapters").glob("*/__init__.py") if path.is_file()
+SHARED = {"common"}
+"""Folders of adapters that are no family: any may import them, and they import none."""
+FAMILIES = (
+    frozenset(
+        path.parent.name for path in (PACKAGE / "adapters").glob("*/__init__.py") if path.is_file()
+    )
+    - SHARED
 )
 
 

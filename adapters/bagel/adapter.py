@@ -12,22 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_unigrpo.adapter import Adapter, Footprint, token_log_probs
-from lightning_unigrpo.adapters.bagel.attention import (
+from lightning_unigrpo.adapter import Adapter, Footprint
+from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
+from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
+from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
+from lightning_unigrpo.adapters.bagel.lora import LoRA
+from lightning_unigrpo.adapters.bagel.network import BagelNet, Layer, Pack
+from lightning_unigrpo.adapters.bagel.packing import Packer
+from lightning_unigrpo.adapters.common.attention import (
+    Attention,
     CachedAttention,
     FlexPackedAttention,
     Layout,
     NextWord,
     PackedAttention,
 )
-from lightning_unigrpo.adapters.bagel.cache import BagelCache
-from lightning_unigrpo.adapters.bagel.config import BagelConfig
-from lightning_unigrpo.adapters.bagel.footprint import MARKS, footprint
-from lightning_unigrpo.adapters.bagel.guidance import Guidance, guided
-from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
-from lightning_unigrpo.adapters.bagel.lora import LoRA, add_lora, lora_off
-from lightning_unigrpo.adapters.bagel.network import Attention, BagelNet, Layer, Pack
-from lightning_unigrpo.adapters.bagel.packing import Packer
+from lightning_unigrpo.adapters.common.cache import RowCache
+from lightning_unigrpo.adapters.common.lora import add_lora, lora_off
+from lightning_unigrpo.adapters.common.scores import score_texts
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
     Grid,
@@ -64,8 +67,8 @@ class Tokenizer(Protocol):
 class GuidanceCache(NamedTuple):
     """What guided evaluation compares with."""
 
-    without_text: BagelCache
-    without_image: BagelCache | None
+    without_text: RowCache
+    without_image: RowCache | None
     """``None`` where the image scale is 1."""
 
 
@@ -345,12 +348,12 @@ class BagelAdapter(Adapter):
     # ---- sampling
 
     @torch.no_grad()
-    def prefill(self, contexts: Sequence[Sequence[Segment]]) -> BagelCache:
+    def prefill(self, contexts: Sequence[Sequence[Segment]]) -> RowCache:
         """Read ragged contexts segment by segment."""
         dtype = torch.get_autocast_dtype(self.device.type) if self._autocast() else None
         weight = self.net.vae2llm.weight
-        cache = BagelCache(
-            self.config,
+        cache = RowCache(
+            self.config.cache_sizes,
             len(contexts),
             device=self.device,
             dtype=dtype or weight.dtype,
@@ -364,7 +367,7 @@ class BagelAdapter(Adapter):
         return torch.is_autocast_enabled(self.device.type)
 
     @torch.no_grad()
-    def extend(self, cache: BagelCache, segments: Sequence[Segment | None]) -> None:  # type: ignore[override]
+    def extend(self, cache: RowCache, segments: Sequence[Segment | None]) -> None:  # type: ignore[override]
         """Append one segment per row; None appends nothing. Latents and patches are two blocks."""
         looked_at = [
             isinstance(s, ImageSegment) and s.is_context and "vit" in s.views for s in segments
@@ -375,7 +378,7 @@ class BagelAdapter(Adapter):
             self._append_blocks(cache, rows, patches=True)
 
     def _append_blocks(
-        self, cache: BagelCache, segments: Sequence[Segment | None], *, patches: bool
+        self, cache: RowCache, segments: Sequence[Segment | None], *, patches: bool
     ) -> None:
         packer, positions = self._packer(), cache.positions.tolist()
         advance, fed = [], cache.open.tolist()
@@ -406,9 +409,9 @@ class BagelAdapter(Adapter):
         return [self.config.bos, *ids, *tail]
 
     def _packer(self) -> Packer:
-        return Packer(self.config, self.device)
+        return Packer(config=self.config, device=self.device)
 
-    def _append(self, cache: BagelCache, packer: Packer) -> tuple[Tensor, Tensor]:
+    def _append(self, cache: RowCache, packer: Packer) -> tuple[Tensor, Tensor]:
         """Run new rows against the cache; returns logits, and how many slots each row filled."""
         pack, layout = packer.finish()
         cache.make_room(layout.rows.shape[1])
@@ -416,7 +419,7 @@ class BagelAdapter(Adapter):
         return logits, layout.valid.sum(1)
 
     @torch.no_grad()
-    def next_logits(self, cache: BagelCache, tokens: Tensor | None, active: Tensor) -> Tensor:  # type: ignore[override]
+    def next_logits(self, cache: RowCache, tokens: Tensor | None, active: Tensor) -> Tensor:  # type: ignore[override]
         """Feed ``bos`` (``tokens`` None) or the tokens just sampled to the active rows."""
         active = active.to(self.device)
         rows = self._fed(active)
@@ -444,7 +447,7 @@ class BagelAdapter(Adapter):
 
     @torch.no_grad()
     def velocity(  # type: ignore[override]
-        self, cache: BagelCache, latents: Tensor, sigma: Tensor, grid: Grid
+        self, cache: RowCache, latents: Tensor, sigma: Tensor, grid: Grid
     ) -> Tensor:
         """Run one noise block per row; its keys go to scratch slots that nothing remembers."""
         if grid not in cache.plans:
@@ -454,7 +457,7 @@ class BagelAdapter(Adapter):
         found: Tensor = self.net(pack, attention)[1]
         return found.view_as(latents)
 
-    def _noise_plan(self, cache: BagelCache, grid: Grid) -> tuple[Pack, CachedAttention]:
+    def _noise_plan(self, cache: RowCache, grid: Grid) -> tuple[Pack, CachedAttention]:
         """Lay out one noise block per row; the same for all denoising steps of an image."""
         packer = self._packer()
         empty = torch.zeros(1, grid[0] * grid[1], self.latent_channels, device=self.device)
@@ -494,7 +497,7 @@ class BagelAdapter(Adapter):
     @torch.no_grad()
     def guided_velocity(  # type: ignore[override]
         self,
-        cache: BagelCache,
+        cache: RowCache,
         unconditional: GuidanceCache,
         latents: Tensor,
         sigma: Tensor,
@@ -518,7 +521,7 @@ class BagelAdapter(Adapter):
 
     def forward(self, trajectories: Sequence[Trajectory], steps: slice = slice(None)) -> Scores:
         """Score all trajectories in one packed pass; equal beginnings are packed once."""
-        packer = Packer(self.config, self.device, share=self.share_prefixes)
+        packer = Packer(config=self.config, device=self.device, share=self.share_prefixes)
         for trajectory in trajectories:
             packer.sample()
             position = 0
@@ -652,24 +655,3 @@ def load_bagel(source: str, **settings: Any) -> BagelAdapter:
         settings: the other arguments of :meth:`BagelAdapter.from_pretrained`.
     """
     return BagelAdapter.from_pretrained(source, **settings)
-
-
-def score_texts(logits: Tensor, texts: Sequence[TextSegment]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return log-probabilities and entropies ``[L]`` per text.
-
-    Args:
-        logits: ``[sum L, V]`` in the order of the texts.
-        texts: sampled segments.
-    """
-    lengths = [len(text.tokens) for text in texts]
-    tokens = torch.cat([text.tokens for text in texts])
-    temperatures = {text.temperature for text in texts}
-    temperature = temperatures.pop()
-    if temperatures:  # more than one: temper row by row
-        each = logits.new_tensor([text.temperature for text in texts])
-        logits = logits / each.repeat_interleave(
-            torch.tensor(lengths, device=each.device)
-        ).unsqueeze(1)
-        temperature = 1.0
-    log_prob, entropy = token_log_probs(logits, tokens, temperature=temperature)
-    return list(log_prob.split(lengths)), list(entropy.split(lengths))

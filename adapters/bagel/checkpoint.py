@@ -1,4 +1,4 @@
-"""Bagel's published files: found or downloaded, checked before anything heavy, read a tensor at a time.
+"""Bagel's published files: checked before anything heavy, read a tensor at a time.
 
 Layout: ``llm_config.json``, ``vit_config.json``, ``ema.safetensors`` (language model, bridges and vision
 tower; one file, or shards with an index), ``ae.safetensors`` (the autoencoder), and a tokenizer's files.
@@ -6,38 +6,26 @@ tower; one file, or shards with an index), ``ae.safetensors`` (the autoencoder),
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
-from lightning_unigrpo.adapters.bagel.lora import base_name, first_value
 from lightning_unigrpo.adapters.bagel.network import sincos_table
+from lightning_unigrpo.adapters.common.files import (
+    read_header,
+    read_json,
+    read_tensors,
+    set_parameter,
+)
+from lightning_unigrpo.adapters.common.lora import base_name, first_value
 
 WEIGHTS, AUTOENCODER, INDEX = "ema.safetensors", "ae.safetensors", "ema.safetensors.index.json"
 LLM, VIT = "llm_config.json", "vit_config.json"
-FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.*", "tokenizer*")
 VISION = ("vit_model.", "connector.", "vit_pos_embed.")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 """Sine tables: read when the file's fits, else left as computed."""
@@ -48,128 +36,6 @@ MARKS = {
     "end_of_image": "<|vision_end|>",
 }
 """Special tokens, as :meth:`BagelConfig.from_upstream` names them; ``llm_config.json`` names others."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint, downloaded if ``source`` is a hub id.
-
-    Bytes come through hf-xet where the hub offers them so and the package is there, else through HTTP;
-    progress is shown. A connection that closes early is taken up again where it was. After a download that
-    broke off or was stopped, files that were whole are kept; one that was cut begins anew, because
-    huggingface_hub since 1.18 keeps no parts of files. ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_ENDPOINT`` and
-    ``HF_HUB_DISABLE_PROGRESS_BARS`` are respected. Where the hub gives no answer within
-    ``HF_HUB_ETAG_TIMEOUT`` (10 s), the local cache has to do.
-
-    Args:
-        source: a folder, or a hub id.
-        revision: branch, tag or commit of a hub id.
-
-    Raises:
-        FileNotFoundError: when there is no such folder, repository or revision, no way to reach it, or the
-            download broke off.
-        PermissionError: when the repository asks for an agreement or a token.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    name = str(source)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists():
-        raise FileNotFoundError(
-            f"adapter.source is {name!r}: neither a folder nor a hub id such as "
-            "'ByteDance-Seed/BAGEL-7B-MoT'."
-        )
-    # More connections and gigabytes of buffers; a user's 0 switches them off. hf_xet reads it once, when
-    # it is imported, and huggingface_hub imports it no earlier than its first transfer.
-    os.environ.setdefault("HF_XET_HIGH_PERFORMANCE", "1")
-    silence = _silence(name, revision)
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(FILES),
-            local_files_only=silence is not None,
-        )
-    except Exception as error:
-        # All of them: httpx's errors are no OSErrors, hf_xet's are RuntimeErrors.
-        raise _explained(error, silence, name, revision) from error
-    return Path(folder)
-
-
-def _silence(name: str, revision: str | None) -> Exception | None:
-    """Ask the hub for a repository, and return why there was no answer.
-
-    ``snapshot_download`` asks the same without a time limit: behind a firewall that drops packets it hangs.
-    """
-    try:
-        HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError:
-        return None  # an answer, too
-    except Exception as error:
-        return error
-    return None
-
-
-def _explained(
-    error: Exception, silence: Exception | None, name: str, revision: str | None
-) -> OSError:
-    """Return the error that says what to do about a failed download.
-
-    Args:
-        error: what ``snapshot_download`` raised.
-        silence: why the hub did not answer, if it did not.
-        name: hub id.
-        revision: as given.
-    """
-    hub, given = constants.ENDPOINT, f"adapter.source is {name!r}"
-    if isinstance(error, GatedRepoError):
-        return PermissionError(
-            f"{given}, which is gated: accept its terms at {hub}/{name}, then `hf auth login`."
-        )
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        return FileNotFoundError(
-            f"{given}: there is no such folder here and no such repository at {hub} (a private one needs "
-            "`hf auth login`)."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(
-            f"adapter.revision is {revision!r}: {name} at {hub} has no such branch, tag or commit."
-        )
-    if not isinstance(error, LocalEntryNotFoundError):
-        return FileNotFoundError(
-            f"{given}: the download from {hub} broke off ({_line(error)}). Start again; files that are whole "
-            "are not fetched twice."
-        )
-    cause = silence or error.__cause__ or error
-    reason = (
-        "HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE)"
-        if isinstance(cause, OfflineModeIsEnabled)
-        else f"{hub} cannot be reached ({_line(cause)})"
-    )
-    at = f" --revision {revision}" if revision else ""
-    lacks = "there is no such folder here, it is not in the local cache"
-    if isinstance(error, IncompleteSnapshotError):
-        files = [file.path for file in get_cached_repo_tree(name, revision=revision)]
-        wanted = [file for file in files if any(fnmatch(file, pattern) for pattern in FILES)]
-        lost = [file for file in wanted if not Path(error.snapshot_path, file).exists()]
-        lacks = f"the local cache lacks {', '.join(lost)}"
-    return FileNotFoundError(
-        f"{given}: {lacks}, and {reason}. Run `hf download {name}{at}` where there is a network, or give a "
-        "folder."
-    )
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """Where a tensor is, and its shape, from the header alone."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -312,7 +178,7 @@ class Checkpoint:
         }
         for name, tensor in read_tensors(wanted):
             value = flat_patch(tensor) if name.endswith("patch_embedding.weight") else tensor
-            _set(part, name, value, device)
+            set_parameter(part, name, value, device)
         for name in lacking.keys() - wanted.keys():
             whole = prefix + name
             if whole in TABLES:
@@ -320,7 +186,7 @@ class Checkpoint:
                 value = sincos_table(math.isqrt(rows), size)
             else:
                 value = first_value(whole, lacking[name])
-            _set(part, name, value, device)
+            set_parameter(part, name, value, device)
 
     def fill_autoencoder(self, vae: nn.Module, names: Mapping[str, str]) -> None:
         """Read the autoencoder in float32, under diffusers' names.
@@ -353,65 +219,6 @@ class Checkpoint:
         vae.load_state_dict(state, assign=True)
 
 
-def _set(module: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
-    path, _, leaf = name.rpartition(".")
-    old = module.get_parameter(name)
-    # A copy even where nothing changes: the original is a page of the file.
-    value = value.to(device=device, dtype=old.dtype, copy=True).contiguous()
-    setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
-
-
-def flat_patch(weight: Tensor) -> Tensor:
+def flat_patch(weight: torch.Tensor) -> torch.Tensor:
     """Return a patch embedding as a linear weight; a convolution's ``[d, C, p, p]`` is permuted."""
     return weight.permute(0, 2, 3, 1).flatten(1) if weight.ndim == 4 else weight
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: when it is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return found
-
-
-def read_header(path: Path) -> dict[str, TensorFile]:
-    """Return names and shapes without reading tensors.
-
-    Raises:
-        ValueError: when the file is truncated or no safetensors file.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            return {
-                name: TensorFile(path, name, tuple(file.get_slice(name).get_shape()))
-                for name in names
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); it is truncated or not a safetensors file: download it again."
-        ) from error
-
-
-def read_tensors(files: Mapping[str, TensorFile]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors under the names of the mapping; pages stay in memory until the next one only.
-
-    Each is a view of the mapped file: a file that stayed open would come to hold all of it.
-    """
-    for name, tensor in files.items():
-        with safe_open(tensor.path, "pt") as file:
-            yield name, file.get_tensor(tensor.name)
-
-
-def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy files that training does not change."""
-    for name in names:
-        if (source / name).is_file() and (source / name).resolve() != (target / name).resolve():
-            shutil.copyfile(source / name, target / name)

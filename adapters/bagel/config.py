@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_unigrpo.adapters.common.cache import Sizes
+
 LLM_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -101,6 +103,11 @@ class BagelConfig:
     """Side of the table of latent positions."""
     vision: VisionConfig | None = None
     """The tower for input images; ``None`` = this model does not look at images."""
+
+    @property
+    def cache_sizes(self) -> Sizes:
+        """What is remembered of a row."""
+        return Sizes(self.num_hidden_layers, self.num_key_value_heads, self.head_dim)
 
     @property
     def head_dim(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lightning_unigrpo.adapter import Footprint
-from lightning_unigrpo.adapters.bagel import attention
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
+from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.config import Sampling
 
 MARKS = 2

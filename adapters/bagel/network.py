@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,24 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
-
-
-class Heads(NamedTuple):
-    """Queries ``[M, H, D]``, keys and values ``[M, H_kv, D]`` of flat rows."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-class Attention(Protocol):
-    """How flat rows see each other."""
-
-    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
-        """Return ``[M_e, H * D]`` per expert, ``sizes`` of the rows (understanding first).
-
-        None is a view of another: a compiled function would tell them from tensors of their own.
-        """
+from lightning_unigrpo.adapters.common.attention import Attention, Heads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_unigrpo.adapters.bagel.attention import Block, Kind, Layout
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import Pack
+from lightning_unigrpo.adapters.common.attention import Block, Kind, Layout
+from lightning_unigrpo.adapters.common.packing import RowPacker
 from lightning_unigrpo.types import Grid, ImageSegment
 
 VISION, LATENT = 1 << 40, 1 << 41
@@ -19,24 +19,11 @@ VISION, LATENT = 1 << 40, 1 << 41
 
 
 @dataclass
-class Packer:
-    """Collects blocks sample by sample; knows marks and positions, nothing of policies.
-
-    Args:
-        config: marks and sizes.
-        device: of the rows.
-        share: let samples that begin with the same words and images share those rows.
-    """
+class Packer(RowPacker):
+    """Collects blocks sample by sample; knows marks and positions, nothing of policies."""
 
     config: BagelConfig
-    device: torch.device
-    share: bool = False
-    prefix: tuple[object, ...] = ()
-    known: dict[tuple[object, ...], Block] = field(default_factory=dict)
-    samples: list[list[Block]] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    logit_rows: list[int] = field(default_factory=list)
+    """Marks and sizes."""
     vision: list[Tensor] = field(default_factory=list)
     vision_positions: list[int] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
@@ -46,25 +33,6 @@ class Packer:
     velocity_rows: list[int] = field(default_factory=list)
     velocity_shapes: list[torch.Size] = field(default_factory=list)
 
-    def sample(self) -> None:
-        """Begin the next sample."""
-        self.samples.append([])
-        self.prefix = ()
-
-    def text(
-        self, ids: Sequence[int], position: int, *, score: int = 0, last: bool = False
-    ) -> None:
-        """Add a causal block; ``score`` rows from its start (or its ``last`` row) want logits."""
-
-        def rows() -> Block:
-            first = len(self.ids)
-            self.ids.extend(ids)
-            self.positions.extend(range(position, position + len(ids)))
-            return Kind.CAUSAL, list(range(first, len(self.ids)))
-
-        _, numbers = self._visible((*ids,), rows)
-        self.logit_rows += numbers[-1:] if last else numbers[:score]
-
     def clean(self, image: ImageSegment, position: int) -> None:
         """Add an image that later blocks see, as latents at sigma 0."""
 
@@ -73,7 +41,7 @@ class Packer:
             zero = latent.new_zeros(1)
             return self._images(Kind.FULL, latent, zero, image.grid, position)[0]
 
-        self._visible((image, "vae"), rows)
+        self.visible((image, "vae"), rows)
 
     def seen(self, image: ImageSegment, position: int) -> None:
         """Add what the vision tower saw of an image, ``image.views["vit"]``."""
@@ -85,7 +53,7 @@ class Packer:
             self.vision_positions += [position] * len(found)
             return self._between_marks(Kind.FULL, range(first, first + len(found)), position)
 
-        self._visible((image, "vit"), rows)
+        self.visible((image, "vit"), rows)
 
     def noisy(self, latents: Tensor, sigmas: Tensor, grid: Grid, position: int) -> None:
         """Add k images ``[k, N, C]`` at noise levels ``[k]``, side by side; they want velocities."""
@@ -93,15 +61,6 @@ class Packer:
         self.samples[-1] += self._images(Kind.NOISE, latents, sigmas, grid, position)
         self.velocity_rows += range(first, len(self.latent_positions))
         self.velocity_shapes.append(shape)
-
-    def _visible(self, content: tuple[object, ...], rows: Callable[[], Block]) -> Block:
-        """Add a block that later ones see: new rows, or those of an equal beginning."""
-        self.prefix = (self.prefix, *content)
-        block = self.known.get(self.prefix) if self.share else None
-        if block is None:
-            block = self.known[self.prefix] = rows()
-        self.samples[-1].append(block)
-        return block
 
     def _images(
         self, kind: Kind, latents: Tensor, sigmas: Tensor, grid: Grid, position: int
@@ -140,21 +99,18 @@ class Packer:
         ids = [position_ids(grid, self.config.max_latent_size) for grid in self.grids]
         sizes = [len(each) for each in ids]
         pack = Pack(
-            token_ids=self._long(self.ids),
-            positions=self._long(self.positions + self.vision_positions),
+            token_ids=self.long(self.ids),
+            positions=self.long(self.positions + self.vision_positions),
             latents=torch.cat([x.flatten(0, 1) for x in self.latents]) if self.latents else empty,
             sigma=torch.cat(self.sigmas) if self.sigmas else empty[:, 0],
-            image_of=self._long([i for i, size in enumerate(sizes) for _ in range(size)]),
-            latent_ids=torch.cat(ids).to(self.device) if ids else self._long([]),
-            latent_positions=self._long(self.latent_positions),
-            logit_rows=self._long(self.logit_rows),
-            velocity_rows=self._long(self.velocity_rows),
+            image_of=self.long([i for i, size in enumerate(sizes) for _ in range(size)]),
+            latent_ids=torch.cat(ids).to(self.device) if ids else self.long([]),
+            latent_positions=self.long(self.latent_positions),
+            logit_rows=self.long(self.logit_rows),
+            velocity_rows=self.long(self.velocity_rows),
             extra=torch.cat(self.vision) if self.vision else None,
         )
         return pack, Layout.build(samples, self.device)
-
-    def _long(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
 
 
 @lru_cache(maxsize=64)

@@ -16,22 +16,20 @@ from torch import nn
 from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.bagel.checkpoint import (
     AUTOENCODER,
-    DTYPES,
     LLM,
     VISION,
     VIT,
     WEIGHTS,
     Checkpoint,
-    copy_files,
-    find_folder,
-    read_tensors,
 )
 from lightning_unigrpo.adapters.bagel.config import RELEASES, BagelConfig
-from lightning_unigrpo.adapters.bagel.lora import merged
 from lightning_unigrpo.adapters.bagel.network import BagelNet
 from lightning_unigrpo.adapters.bagel.tokenizer import BagelTokenizer
 from lightning_unigrpo.adapters.bagel.vae import BagelVAE, build_vae, vae_names
 from lightning_unigrpo.adapters.bagel.vision import BagelVision
+from lightning_unigrpo.adapters.common.files import DTYPES, copy_files, read_tensors
+from lightning_unigrpo.adapters.common.hub import find_folder
+from lightning_unigrpo.adapters.common.lora import merged
 from lightning_unigrpo.distributed import rank, whole_state
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def open_checkpoint(
         raise ValueError(f"adapter.dtype is {dtype!r}; known are {', '.join(DTYPES)}.")
     if SIZES_ONLY.get() and str(source) in RELEASES:
         return released(str(source), DTYPES[dtype], vision=vision)
-    checkpoint = Checkpoint(find_folder(source, revision=revision))
+    checkpoint = Checkpoint(find_folder(source, example=next(iter(RELEASES)), revision=revision))
     tokenizer = BagelTokenizer.from_folder(checkpoint.folder)
     vision = vision and checkpoint.has_vision
     config = checkpoint.config(tokenizer.marks, vision=vision, **overrides)

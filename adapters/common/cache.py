@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_unigrpo.adapter import Cache
-from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.types import Grid
 
 if TYPE_CHECKING:
-    from lightning_unigrpo.adapters.bagel.attention import CachedAttention
-    from lightning_unigrpo.adapters.bagel.network import Pack
+    from lightning_unigrpo.adapters.common.attention import CachedAttention
 
 
-class BagelCache(Cache):
+class Sizes(NamedTuple):
+    """Of what a layer remembers of a row."""
+
+    num_layers: int
+    num_heads: int
+    """Of keys and values."""
+    head_dim: int
+
+
+class RowCache(Cache):
     """Preallocated keys (normalised and rotated) and values per layer, with a length per row.
 
     Slots behind a row's length are scratch: a denoising step writes its own keys there and leaves the
     length alone. The RoPE counter is not the length: an image takes many slots and one position.
 
     Args:
-        config: sizes.
+        sizes: of keys and values.
         num_rows: B.
         device: of the keys and values.
         dtype: likewise.
@@ -42,20 +49,20 @@ class BagelCache(Cache):
     """``[B]`` int64, how many tokens of an unfinished text have been fed, its begin mark included."""
     longest: int
     """No row is longer; known without asking the device."""
-    plans: dict[Grid, tuple[Pack, CachedAttention]]
-    """Layouts of a noise block behind the present contexts, kept between denoising steps."""
+    plans: dict[Grid, tuple[Any, CachedAttention]]
+    """Rows and layout of a noise block behind the present contexts, kept between denoising steps."""
 
     def __init__(
         self,
-        config: BagelConfig,
+        sizes: Sizes,
         num_rows: int,
         *,
         device: torch.device,
         dtype: torch.dtype,
         grain: int = 1,
     ) -> None:
-        shape = (num_rows, 0, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
+        shape = (num_rows, 0, sizes.num_heads, sizes.head_dim)
+        layers = range(sizes.num_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -66,9 +73,9 @@ class BagelCache(Cache):
         """Return the number of rows."""
         return len(self.lengths)
 
-    def select(self, rows: Tensor) -> BagelCache:
+    def select(self, rows: Tensor) -> RowCache:
         """Return a copy of some rows, scratch left behind."""
-        chosen = object.__new__(BagelCache)
+        chosen = object.__new__(RowCache)
         index = rows.to(self.lengths.device)
         chosen.lengths, chosen.positions = self.lengths[index], self.positions[index]
         chosen.open, chosen.grain, chosen.plans = self.open[index], self.grain, {}

@@ -1,8 +1,9 @@
 """Which rows see which: packed for learning, cached for sampling.
 
-Visibility inside one sample (specified by upstream's training mask): a query sees a key that comes
-before it or shares its image block, unless the key lies in a noise block that is not the query's own.
-Noise blocks are images at sigma > 0: nothing later may see them.
+Everything but attention runs on flat rows without padding; an attention object knows which sequences they
+form. Visibility inside one sample: a query sees a key that comes before it, or that shares its image block
+where that is bidirectional, unless the key lies in a noise block that is not the query's own. Noise blocks
+are images at sigma > 0: nothing later may see them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,10 +22,27 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_unigrpo.adapters.bagel.network import Heads
-
 if TYPE_CHECKING:
-    from lightning_unigrpo.adapters.bagel.cache import BagelCache
+    from lightning_unigrpo.adapters.common.cache import RowCache
+
+
+class Heads(NamedTuple):
+    """Queries ``[M, H, D]``, keys and values ``[M, H_kv, D]`` of flat rows."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Attention(Protocol):
+    """How flat rows see each other."""
+
+    def __call__(self, layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+        """Return ``[M_e, H * D]`` per expert, ``sizes`` of the rows; a dense model has one expert.
+
+        None is a view of another: a compiled function would tell them from tensors of their own.
+        """
+
 
 DENSE_LIMIT = 1 << 24
 """Largest ``B * L * L`` for which a dense mask is built; beyond it attention runs block by block."""
@@ -43,6 +61,14 @@ class Kind(IntEnum):
     """A clean image: bidirectional."""
     NOISE = 2
     """An image being denoised: bidirectional and invisible to later blocks."""
+    CAUSAL_NOISE = 3
+    """An image being denoised whose rows see those before them; invisible to later blocks."""
+
+
+CAUSAL = (Kind.CAUSAL, Kind.CAUSAL_NOISE)
+"""Kinds whose rows see those before them only."""
+HIDDEN = (Kind.NOISE, Kind.CAUSAL_NOISE)
+"""Kinds that no later block sees."""
 
 
 Block = tuple[Kind, list[int]]
@@ -95,10 +121,16 @@ class Layout:
         length = self.rows.shape[1]
         order = torch.arange(length, device=self.rows.device)
         same = self.block.unsqueeze(2) == self.block.unsqueeze(1)
-        together = same & (self.kind != Kind.CAUSAL).unsqueeze(2)
-        hidden = (self.kind == Kind.NOISE).unsqueeze(1) & ~same
+        together = same & ~_is(self.kind, CAUSAL).unsqueeze(2)
+        hidden = _is(self.kind, HIDDEN).unsqueeze(1) & ~same
         mask = ((order.unsqueeze(1) >= order) | together) & ~hidden & self.valid.unsqueeze(1)
         return mask | torch.eye(length, dtype=torch.bool, device=mask.device)  # padding sees itself
+
+
+def _is(kind: Tensor, known: Sequence[Kind]) -> Tensor:
+    """Return where a kind is one of some, bool."""
+    first, second = map(int, known)  # torch 2.13's FlexAttention loses comparisons with an IntEnum
+    return (kind == first) | (kind == second)
 
 
 class Mask:
@@ -168,7 +200,7 @@ class PackedAttention:
             context: list[Block] = []
             so_far = room = 0
             for kind, rows in blocks:
-                if kind != Kind.NOISE:
+                if kind not in HIDDEN:
                     context.append((kind, rows))
                     so_far, room = so_far + len(rows), 0
                     continue
@@ -231,18 +263,18 @@ class PackedAttention:
                     for p, x in zip(past, (key, value), strict=True)
                 )
                 mask = None
-                if kind == Kind.CAUSAL:
+                if kind in CAUSAL:
                     size, total = len(rows), k.shape[2]
                     ones = torch.ones(size, total, dtype=torch.bool, device=k.device)
                     mask = ones.tril(total - size)
                 out[b, :, here] = _attend(query[b : b + 1, :, here], k, v, mask)[0]
-                if kind != Kind.NOISE:
+                if kind not in HIDDEN:
                     seen.append(here)
         return out
 
     def _context(self, x: Tensor, seen: list[slice], kind: Kind) -> list[Tensor]:
         parts = [x[:, :, where] for where in seen]
-        cut = self.detach_context and kind == Kind.NOISE
+        cut = self.detach_context and kind in HIDDEN
         return [part.detach() for part in parts] if cut else parts
 
 
@@ -262,15 +294,11 @@ class FlexPackedAttention:
         self.layout = layout
         samples, length = layout.rows.shape
         block, kind, valid = layout.block, layout.kind, layout.valid
-        causal, noise = (
-            int(Kind.CAUSAL),
-            int(Kind.NOISE),
-        )  # torch 2.13 loses comparisons with an IntEnum
 
         def visible(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             same = block[b, q] == block[b, k]
-            together = same & (kind[b, q] != causal)
-            hidden = (kind[b, k] == noise) & ~same
+            together = same & ~_is(kind[b, q], CAUSAL)
+            hidden = _is(kind[b, k], HIDDEN) & ~same
             return ((q >= k) | together) & ~hidden & valid[b, k]
 
         device = str(layout.rows.device)
@@ -323,7 +351,7 @@ class CachedAttention:
         layout: the new rows, one block per sample (causal text, or a bidirectional image).
     """
 
-    def __init__(self, cache: BagelCache, layout: Layout) -> None:
+    def __init__(self, cache: RowCache, layout: Layout) -> None:
         # Weak: the cache keeps this plan, and a cycle would hold its keys until the collector runs.
         self.cache, self.layout = weakref.proxy(cache), layout
         _samples, length = layout.rows.shape
@@ -331,7 +359,7 @@ class CachedAttention:
         lengths = cache.lengths.unsqueeze(1)
         slots = lengths + order
         count = layout.valid.sum(1, keepdim=True)
-        reach = torch.where(layout.kind == Kind.CAUSAL, slots + 1, lengths + count)
+        reach = torch.where(_is(layout.kind, CAUSAL), slots + 1, lengths + count)
         self.total = cache.reach(length)
         keys = torch.arange(self.total, device=slots.device)
         # At least one visible key, so that the softmax of padding is finite.
@@ -359,7 +387,7 @@ class NextWord:
         rows: ``[M]`` int64, the sequences that get a word; a repeated one writes the same twice.
     """
 
-    def __init__(self, cache: BagelCache, rows: Tensor) -> None:
+    def __init__(self, cache: RowCache, rows: Tensor) -> None:
         self.cache, self.rows, self.total = cache, rows, cache.reach(1)
         self.slot = cache.lengths[rows]
         keys = torch.arange(self.total, device=rows.device)
@@ -382,7 +410,7 @@ def _rows(flat: Tensor, place: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def _remember(
-    cache: BagelCache, layer: int, heads: Heads, where: tuple[Tensor, Tensor], total: int
+    cache: RowCache, layer: int, heads: Heads, where: tuple[Tensor, Tensor], total: int
 ) -> tuple[Tensor, Tensor]:
     """Write keys and values of new rows into a cache; return what it holds, ``[B, H_kv, S, D]``."""
     found = []

@@ -1,0 +1,1 @@
+"""What adapters share: rows and caches, files and hubs, low-rank adapters."""
