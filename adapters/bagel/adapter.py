@@ -20,6 +20,7 @@ from lightning_unigrpo.adapters.bagel.images import latent_resize, patch_resize
 from lightning_unigrpo.adapters.bagel.lora import LoRA
 from lightning_unigrpo.adapters.bagel.network import BagelNet, Layer, Pack
 from lightning_unigrpo.adapters.bagel.packing import Packer
+from lightning_unigrpo.adapters.common import parameters
 from lightning_unigrpo.adapters.common.attention import (
     Attention,
     CachedAttention,
@@ -152,21 +153,9 @@ class BagelAdapter(Adapter):
         self.attention, self.compile_layers, self.freeze = attention, compile_layers, tuple(freeze)
         if compile_layers:
             self.net.compile_layers()
-        self._freeze()
+        parameters.freeze(self.net, self.freeze)
         if lora is not None:
             add_lora(self.net, lora)
-
-    def _freeze(self) -> None:
-        for part in self.freeze:
-            found = [p for name, p in self.net.named_parameters() if part in name]
-            if not found:
-                known = dict.fromkeys(n.split(".")[-2] for n, _ in self.net.named_parameters())
-                raise ValueError(
-                    f"adapter.freeze has {part!r}, which is part of no parameter's name; names are made of "
-                    f"{', '.join(known)}."
-                )
-            for parameter in found:
-                parameter.requires_grad_(False)
 
     source: Source | None = None
     """Where :meth:`from_pretrained` found the weights."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lightning_unigrpo.adapter import Cache
 from lightning_unigrpo.types import Grid
@@ -73,9 +74,9 @@ class RowCache(Cache):
         """Return the number of rows."""
         return len(self.lengths)
 
-    def select(self, rows: Tensor) -> RowCache:
+    def select(self, rows: Tensor) -> Self:
         """Return a copy of some rows, scratch left behind."""
-        chosen = object.__new__(RowCache)
+        chosen = object.__new__(type(self))
         index = rows.to(self.lengths.device)
         chosen.lengths, chosen.positions = self.lengths[index], self.positions[index]
         chosen.open, chosen.grain, chosen.plans = self.open[index], self.grain, {}
@@ -120,3 +121,50 @@ class RowCache(Cache):
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):  # one at a time: two caches may not fit
                 tensors[layer] = torch.nn.functional.pad(old, pad)
+
+
+class DecoderCache(RowCache):
+    """Remembers, beside keys and values, what comes next; and may follow a branch for a while.
+
+    Args:
+        sizes: of keys and values.
+        num_rows: B.
+        device: of the keys and values.
+        dtype: likewise.
+        vocab_size: V.
+    """
+
+    logits: Tensor
+    """``[B, V]`` float32 of the word behind the last row; 0 behind an empty context."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        num_rows: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(sizes, num_rows, device=device, dtype=dtype)
+        self.logits = torch.zeros(num_rows, vocab_size, device=device)
+        self._fork: tuple[Tensor, Tensor, int] | None = None
+
+    def select(self, rows: Tensor) -> Self:
+        """Return a copy of some rows, scratch and branch left behind."""
+        self.rewind()
+        chosen = super().select(rows)
+        chosen.logits, chosen._fork = self.logits[rows.to(self.logits.device)], None
+        return chosen
+
+    def branch(self) -> None:
+        """Remember this place: what is appended until :meth:`rewind` is of no later segment's context."""
+        self.rewind()
+        self._fork = (self.lengths, self.positions, self.longest)
+
+    def rewind(self) -> None:
+        """Go back to where :meth:`branch` was called, if it was."""
+        if self._fork is not None:
+            self.lengths, self.positions, self.longest = self._fork
+            self._fork = None
+            self.plans.clear()

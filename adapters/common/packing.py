@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_unigrpo.adapters.common.attention import Block, Kind
+from lightning_unigrpo.adapters.common.attention import HIDDEN, Block, Kind
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,21 @@ class RowPacker:
         self.samples.append([])
         self.prefix = ()
 
+    @property
+    def last_row(self) -> int:
+        """The last row of the present sample that later ones see.
+
+        Raises:
+            ValueError: when there is none.
+        """
+        for kind, rows in reversed(self.samples[-1]):
+            if kind not in HIDDEN and rows:
+                return rows[-1]
+        raise ValueError(
+            "A sampled text stands at the very beginning: its first word has nothing to follow. Give the "
+            "prompt at least one token."
+        )
+
     def text(
         self, ids: Sequence[int], position: int, *, score: int = 0, last: bool = False
     ) -> None:
@@ -50,6 +65,13 @@ class RowPacker:
 
         _, numbers = self.visible((*ids,), rows)
         self.logit_rows += numbers[-1:] if last else numbers[:score]
+
+    def read_on(self, ids: Sequence[int], position: int, *, score: int = 0) -> None:
+        """Add a causal block that may be empty; of ``score`` words the first follows the row before it."""
+        if score:
+            self.logit_rows.append(self.last_row)
+        if ids:
+            self.text(ids, position, score=score - 1 if score else 0)
 
     def visible(self, content: tuple[object, ...], rows: Callable[[], Block]) -> Block:
         """Add a block that later ones see: new rows, or those of an equal beginning."""
