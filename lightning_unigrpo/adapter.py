@@ -179,7 +179,8 @@ class Adapter(nn.Module, ABC):
     def guidance(self, contexts: Sequence[Sequence[Segment]]) -> Any | None:
         """Return what guided *evaluation* compares these contexts with; None = not offered.
 
-        By default a cache, of contexts without the request; :meth:`guided_velocity` is its only reader.
+        By default a cache, of contexts without the request. :meth:`guided_velocity` and
+        :meth:`guided_image_logits` are its only readers.
         """
         return None
 
@@ -208,6 +209,30 @@ class Adapter(nn.Module, ABC):
         """
         base = self.velocity(unconditional, latents, sigma, grid)
         return base + scale * (self.velocity(cache, latents, sigma, grid) - base)
+
+    def guided_image_logits(
+        self,
+        cache: Cache,
+        unconditional: Any,
+        tokens: Tensor,
+        step: int,
+        grid: Grid,
+        *,
+        scale: float,
+    ) -> ImageLogits:
+        """Return ``u + scale * (c - u)`` of the logits of a discrete image; see :meth:`next_image_logits`.
+
+        Args:
+            cache: of B rows.
+            unconditional: from :meth:`guidance` of the same rows.
+            tokens: ``[B, N]`` int64 codes.
+            step: index of this sampling step.
+            grid: ``(h, w)``.
+            scale: of the guidance; 1 = none.
+        """
+        found = self.next_image_logits(cache, tokens, step, grid)
+        base = self.next_image_logits(unconditional, tokens, step, grid).logits
+        return found._replace(logits=base + scale * (found.logits - base))
 
     # ---- learning: the only differentiable path
 

@@ -194,6 +194,14 @@ class Objective:
     """RatioNorm (paper, Eq. 5) instead of the plain ratio."""
     inverse_step_weight: bool = False
     """Multiply each step's flow loss by 1/dt (GRPO-Guard; paper: not stated). It changes what γ means."""
+    image_token_weight: float | None = None
+    """Weight of the surrogate of a discrete image's tokens (not in the paper); ``None`` = ``flow_weight``."""
+    image_token_clip_low: float = 0.2
+    """Lower clip of the ratio of each image token (not in the paper; as for text)."""
+    image_token_clip_high: float = 0.2
+    """Upper clip of the ratio of each image token."""
+    image_token_kl_weight: float = 0.0
+    """Weight of the k3 estimate of the image tokens' KL (not in the paper; T2I-R1: 0.01)."""
     mse_weight: float = 1.5e-5
     """γ (paper: 1.5e-5, on a squared norm; see ``mse_reduction``)."""
     mse_reduction: Literal["mean", "sum"] = "mean"
@@ -218,7 +226,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Refuse bounds and weights without meaning, and warn off the paper."""
-        for name in ("text_clip_low", "flow_clip_low"):
+        for name in ("text_clip_low", "flow_clip_low", "image_token_clip_low"):
             _require(
                 0 <= getattr(self, name) < 1,
                 f"objective.{name} is {getattr(self, name)}; a ratio is positive, so give 0 <= clip < 1.",
@@ -226,18 +234,21 @@ class Objective:
         for name in (
             "text_clip_high",
             "flow_clip_high",
+            "image_token_clip_high",
             "text_weight",
             "flow_weight",
+            "image_token_weight",
+            "image_token_kl_weight",
             "mse_weight",
             "latent_kl_weight",
             "text_kl_weight",
         ):
             _require(
-                getattr(self, name) >= 0,
+                (getattr(self, name) or 0) >= 0,
                 f"objective.{name} is {getattr(self, name)}; it must not be negative.",
             )
         _require(
-            self.text_weight > 0 or self.flow_weight > 0,
+            self.text_weight > 0 or self.flow_weight > 0 or bool(self.image_token_weight),
             "objective.text_weight and objective.flow_weight are both 0: nothing would be learned.",
         )
         _off_paper(
@@ -256,10 +267,12 @@ class Objective:
         """Whether the text regulariser compares with the reference policy."""
         return self.text_kl_weight > 0
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any term compares with the reference policy."""
-        return self.needs_ref_velocity or self.needs_ref_log_prob
+    def needs_reference(self, image_policy: Literal["flow", "tokens"]) -> bool:
+        """Whether any term compares with the reference policy, for images of a kind."""
+        images = (
+            self.needs_ref_velocity if image_policy == "flow" else self.image_token_kl_weight > 0
+        )
+        return images or self.needs_ref_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)

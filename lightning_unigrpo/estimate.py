@@ -235,7 +235,9 @@ def estimate(module: UniGRPOModule, setup: Setup) -> Estimate:
         "decode_steps": chunks * sampling.plan.count("text") * sampling.max_text_tokens,
         "denoise_steps": chunks * sampling.plan.count("image") * calls,
         "context_steps": chunks * len(sampling.plan),
-        "reference_forwards": passes if module.objective.needs_reference else 0,
+        "reference_forwards": passes
+        if module.objective.needs_reference(module.adapter.image_policy)
+        else 0,
         "old_forwards": passes if needs_old else 0,
         "update_forwards": -(-per_step // batch),
         "optimizer_steps": optim.ppo_epochs * optim.updates_per_rollout,
@@ -306,7 +308,8 @@ class Network:
                 if isinstance(child, nn.Linear)
                 for p in child.parameters(recurse=False)
             },
-            needs_twin=module.objective.needs_reference and adapter.reference() is None,
+            needs_twin=module.objective.needs_reference(adapter.image_policy)
+            and adapter.reference() is None,
             rollout_weights=module.sampling.rollout_weights,
         )
 

@@ -176,13 +176,18 @@ def trajectory_loss(
     metrics = Metrics.empty()
     text, text_kl = _text_terms(scores, trajectories, objective, sampling, counts, metrics)
     flow, mse, kl = _flow_terms(scores, trajectories, objective, sampling, counts, metrics)
-    codes = _code_terms(scores, trajectories, objective, counts, metrics)
+    codes, code_kl = _code_terms(scores, trajectories, objective, counts, metrics)
+    code_weight = objective.image_token_weight
     loss = unigrpo_loss(
         objective.text_weight * text,
-        flow + codes,
+        flow,
         mse,
         flow_weight=objective.flow_weight,
         mse_weight=objective.mse_weight,
+        image_token_loss=codes,
+        image_token_weight=objective.flow_weight if code_weight is None else code_weight,
+        image_token_kl=code_kl,
+        image_token_kl_weight=objective.image_token_kl_weight,
         latent_kl=kl,
         latent_kl_weight=objective.latent_kl_weight,
         text_kl=text_kl,
@@ -215,7 +220,9 @@ class _Tokens(NamedTuple):
 def _token_surrogate(
     log_probs: Sequence[Tensor],
     segments: Sequence[TextSegment | TokenImageSegment],
-    objective: Objective,
+    *,
+    clip_low: float,
+    clip_high: float,
 ) -> _Tokens:
     """GRPO per token: a ratio each, the advantage of its sequence."""
     new, old = torch.cat(list(log_probs)), torch.cat([_known(s.log_prob) for s in segments])
@@ -223,10 +230,7 @@ def _token_surrogate(
     advantage = new.new_tensor([s.advantage for s in segments]).repeat_interleave(lengths)
     log_ratio = new - old
     losses, clipped = clipped_surrogate(
-        log_ratio,
-        advantage,
-        clip_low=objective.text_clip_low,
-        clip_high=objective.text_clip_high,
+        log_ratio, advantage, clip_low=clip_low, clip_high=clip_high
     )
     return _Tokens(losses, clipped, log_ratio.detach(), lengths)
 
@@ -242,7 +246,12 @@ def _text_terms(
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TextSegment)]
     if not segments:
         return torch.zeros(()), torch.zeros(())
-    tokens = _token_surrogate(scores.text, segments, objective)
+    tokens = _token_surrogate(
+        scores.text,
+        segments,
+        clip_low=objective.text_clip_low,
+        clip_high=objective.text_clip_high,
+    )
     weights = token_weights(
         tokens.lengths,
         aggregation=objective.text_aggregation,
@@ -338,12 +347,17 @@ def _code_terms(
     objective: Objective,
     counts: Counts,
     metrics: Metrics,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """GRPO over the codes of discrete images: a ratio per code, a mean per image, then over images."""
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TokenImageSegment)]
     if not segments:
-        return torch.zeros(())
-    tokens = _token_surrogate(scores.image_tokens, segments, objective)
+        return torch.zeros(()), torch.zeros(())
+    tokens = _token_surrogate(
+        scores.image_tokens,
+        segments,
+        clip_low=objective.image_token_clip_low,
+        clip_high=objective.image_token_clip_high,
+    )
     weights = token_weights(
         tokens.lengths,
         aggregation="sequence_mean",
@@ -356,7 +370,12 @@ def _code_terms(
         "image/clip_fraction": tokens.clipped.float().sum() * share,
     }
     metrics.maxima["image/log_ratio_max"] = tokens.log_ratio.abs().max()
-    return (weights * tokens.losses).sum()
+    kl = weights.new_zeros(())
+    if objective.image_token_kl_weight > 0:
+        reference = torch.cat([_known(s.ref_log_prob) for s in segments])
+        kl = (weights * k3_kl(torch.cat(scores.image_tokens), reference)).sum()
+        metrics.sums["image/kl"] = kl.detach()
+    return (weights * tokens.losses).sum(), kl
 
 
 def _add(metrics: Metrics, key: str, value: Tensor) -> None:

@@ -356,6 +356,10 @@ def unigrpo_loss(
     *,
     flow_weight: float,
     mse_weight: float,
+    image_token_loss: Tensor | None = None,
+    image_token_weight: float = 1.0,
+    image_token_kl: Tensor | None = None,
+    image_token_kl_weight: float = 0.0,
     latent_kl: Tensor | None = None,
     latent_kl_weight: float = 0.0,
     text_kl: Tensor | None = None,
@@ -363,7 +367,8 @@ def unigrpo_loss(
 ) -> Tensor:
     r"""Add the terms of the objective up.
 
-    ``-J = L_text + lambda L_flow + gamma MSE [+ latent_kl_weight KL] [+ text_kl_weight KL_text]``
+    ``-J = L_text + lambda L_flow + gamma MSE [+ latent_kl_weight KL] [+ text_kl_weight KL_text]``, and for
+    images of discrete tokens ``[+ image_token_weight L_tokens] [+ image_token_kl_weight KL_tokens]``.
 
     Terms of weight 0 are multiplied, not skipped: their graph keeps every rank's backward the same.
 
@@ -375,6 +380,10 @@ def unigrpo_loss(
         velocity_mse: scalar >= 0, :func:`velocity_mse` averaged.
         flow_weight: lambda >= 0 (paper: 1).
         mse_weight: gamma >= 0 (paper: 1.5e-5).
+        image_token_loss: scalar, the surrogate of discrete images; ``None`` = there are none.
+        image_token_weight: >= 0.
+        image_token_kl: scalar >= 0, :func:`k3_kl` averaged; ``None`` = not measured.
+        image_token_kl_weight: >= 0.
         latent_kl: scalar >= 0, :func:`latent_kl` averaged; ``None`` = not measured.
         latent_kl_weight: >= 0 (paper: 0).
         text_kl: scalar >= 0, :func:`k3_kl` averaged; ``None`` = not measured.
@@ -392,7 +401,10 @@ def unigrpo_loss(
         tensor(1.7500)
     """
     loss = text_loss + flow_weight * flow_loss + mse_weight * velocity_mse
+    if image_token_loss is not None:
+        loss = loss + image_token_weight * image_token_loss
     for name, term, weight in (
+        ("image_token_kl", image_token_kl, image_token_kl_weight),
         ("latent_kl", latent_kl, latent_kl_weight),
         ("text_kl", text_kl, text_kl_weight),
     ):

@@ -284,6 +284,8 @@ def sample_image_tokens(
     grid: Grid,
     *,
     temperature: float,
+    unconditional: Any | None = None,
+    guidance_scale: float = 1.0,
     progress: Progress | None = None,
 ) -> list[TokenImageSegment]:
     """Reveal the codes of one discrete image in every row, the most confident candidates first.
@@ -295,6 +297,8 @@ def sample_image_tokens(
             step in which it is a candidate.
         grid: ``(h, w)`` of all rows, ``h * w = N``.
         temperature: of the draws, > 0.
+        unconditional: from ``adapter.guidance``, for guided evaluation; ``None`` = no guidance.
+        guidance_scale: of guided evaluation.
         progress: told the number of codes revealed.
 
     Returns:
@@ -305,7 +309,13 @@ def sample_image_tokens(
     step_of, log_prob = torch.zeros_like(tokens), torch.zeros(num_rows, num, device=tokens.device)
     step = revealed = 0
     while revealed < num:
-        logits, positions, keep = adapter.next_image_logits(cache, tokens, step, grid)
+        if unconditional is None:
+            found = adapter.next_image_logits(cache, tokens, step, grid)
+        else:
+            found = adapter.guided_image_logits(
+                cache, unconditional, tokens, step, grid, scale=guidance_scale
+            )
+        logits, positions, keep = found
         candidate, score = draw_tokens(logits, uniforms.gather(1, positions), temperature)
         kept = score.topk(keep, dim=1).indices
         where = positions.gather(1, kept)
@@ -430,6 +440,8 @@ class _Chunk:
         self, cache: Cache, members: list[int], place: int, grid: Grid
     ) -> Sequence[ImageSegment | TokenImageSegment]:
         s, starts, num = self.sampling, [self.starts[b] for b in members], grid[0] * grid[1]
+        guided = self.evaluate and s.guidance_scale != 1
+        unconditional = self.adapter.guidance([self.rows[b] for b in members]) if guided else None
         if self.adapter.image_policy == "tokens":
             return sample_image_tokens(
                 self.adapter,
@@ -437,6 +449,8 @@ class _Chunk:
                 self.draws.uniforms(starts, place, num).to(self.device),
                 grid,
                 temperature=1.0 if self.evaluate else s.temperature,
+                unconditional=unconditional,
+                guidance_scale=s.guidance_scale,
                 progress=self.progress,
             )
         timesteps = s.eval_num_timesteps if self.evaluate else s.num_timesteps
@@ -444,8 +458,6 @@ class _Chunk:
         shape = (num, self.adapter.latent_channels)
         noise = self.draws.normals(starts, place, _LATENT, shape).to(self.device)
         if self.evaluate:
-            guided = s.guidance_scale != 1
-            contexts = [self.rows[b] for b in members]
             return sample_image(
                 self.adapter,
                 cache,
@@ -453,7 +465,7 @@ class _Chunk:
                 sigmas,
                 grid,
                 sampling=s,
-                unconditional=self.adapter.guidance(contexts) if guided else None,
+                unconditional=unconditional,
                 progress=self.progress,
             )
         window_noise = self.draws.normals(starts, place, _WINDOW, (s.window_size, *shape))

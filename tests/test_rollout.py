@@ -193,3 +193,42 @@ def test_only_evaluation_is_restricted() -> None:
 def test_restrictions_without_meaning_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"sampling.{next(iter(wrong))}"):
         replace(SAMPLING, **wrong)
+
+
+class Watched(ToyTokens):
+    """Remembers the logits it was asked for, and whether behind a context without the request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[bool, torch.Tensor]] = []
+        self.bare: list[int] = []
+
+    def guidance(self, contexts: Any) -> Any:
+        found = super().guidance(contexts)
+        self.bare.append(id(found))
+        return found
+
+    def next_image_logits(self, cache: Any, *args: Any) -> Any:
+        found = super().next_image_logits(cache, *args)
+        self.asked.append((id(cache) in self.bare, found.logits))
+        return found
+
+
+def test_codes_are_guided_in_evaluation_only() -> None:
+    """Both policies are asked at every step, and ``u + scale (c - u)`` is what is drawn from."""
+    guided = replace(SAMPLING, guidance_scale=3.0)
+    adapter = Watched()
+    drawn = draw(adapter, starts(1), guided)
+    assert not any(bare for bare, _ in adapter.asked)
+    for one, other in zip(drawn, draw(ToyTokens(), starts(1), SAMPLING), strict=True):
+        same(one, other, atol=0)
+    adapter.asked.clear()
+    drawn = draw(adapter, starts(1), guided, evaluate=True)
+    pairs = zip(adapter.asked[::2], adapter.asked[1::2], strict=True)
+    for code, ((first, c), (second, u)) in enumerate(pairs):
+        assert (first, second) == (False, True)
+        expected = (u + 3 * (c - u)).log_softmax(-1)[:, 0]
+        codes = torch.stack([t.segments[-1].tokens[code] for t in drawn])  # type: ignore[union-attr]
+        found = torch.stack([t.segments[-1].log_prob[code] for t in drawn])  # type: ignore[union-attr,index]
+        torch.testing.assert_close(found, expected.gather(1, codes[:, None])[:, 0])
+    assert len(adapter.asked) == 2 * len(drawn[0].segments[-1].tokens)  # type: ignore[union-attr]

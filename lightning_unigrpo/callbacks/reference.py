@@ -56,8 +56,9 @@ class ReferenceVelocity(UniGRPOCallback):
     @override
     def on_configure_model(self, trainer: Trainer, module: UniGRPOModule) -> None:
         """Take the snapshot: the weights are there, and a checkpoint has not yet replaced them."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if fitting and module.objective.needs_reference and module.adapter.reference() is None:
+        adapter = module.adapter
+        is_needed = module.objective.needs_reference(adapter.image_policy)
+        if trainer.state.fn == TrainerFn.FITTING and is_needed and adapter.reference() is None:
             self._snapshot(trainer, module)
 
     @override
@@ -91,7 +92,7 @@ class ReferenceVelocity(UniGRPOCallback):
     def on_rollout_end(
         self, trainer: Trainer, module: UniGRPOModule, experience: Experience
     ) -> None:
-        if not module.objective.needs_reference:
+        if not module.objective.needs_reference(module.adapter.image_policy):
             return
         due = (
             self.refresh_every
