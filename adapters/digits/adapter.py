@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig, BagelNet
 from lightning_unigrpo.adapters.digits.classifier import WEIGHTS, DigitReward, ReasoningReward
-from lightning_unigrpo.adapters.digits.images import GRID, PATCH, SIDE, to_rgb
+from lightning_unigrpo.adapters.digits.images import GRID, PATCH, SIDE, patchify, to_rgb
 from lightning_unigrpo.adapters.digits.task import WordTokenizer, prompts
 from lightning_unigrpo.config import Objective, Optim, Sampling
 from lightning_unigrpo.reward import Reward
@@ -70,6 +70,10 @@ class DigitsAdapter(BagelAdapter):
             load_checkpoint(self.net, checkpoint)
 
     tokenizer: WordTokenizer
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Turn ``[n, 8, 8]`` pixels in [-1, 1] into latents ``[n, 4, 16]``."""
+        return patchify(pixels)
 
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
         """Return ``[B, 3, 8, 8]`` in [0, 1]."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_unigrpo.adapters.digits.adapter import DigitsAdapter
+from lightning_unigrpo.adapter import Adapter
 from lightning_unigrpo.adapters.digits.classifier import DigitReward
-from lightning_unigrpo.adapters.digits.images import GRID
 from lightning_unigrpo.adapters.digits.task import Split, prompts
 from lightning_unigrpo.flow import ode_step, sigma_schedule
 from lightning_unigrpo.types import Prompt, Segment, TextSegment
@@ -18,7 +18,7 @@ from lightning_unigrpo.types import Prompt, Segment, TextSegment
 
 @torch.no_grad()
 def think(
-    adapter: DigitsAdapter,
+    adapter: Adapter,
     rows: Sequence[Prompt],
     *,
     temperature: float = 0.0,
@@ -52,34 +52,47 @@ def think(
 
 @torch.no_grad()
 def draw(
-    adapter: DigitsAdapter,
+    adapter: Adapter,
     rows: Sequence[Prompt],
     texts: Sequence[TextSegment],
     *,
     seed: int = 0,
     num_steps: int = 10,
 ) -> Tensor:
-    """Return images ``[B, 3, 8, 8]`` drawn by the ODE after the given reasonings."""
+    """Return images ``[B, 3, 8, 8]`` after the given reasonings: by the ODE, or code after code."""
     contexts: list[list[Segment]] = [
         [*adapter.tokenize(prompt), text] for prompt, text in zip(rows, texts, strict=True)
     ]
     cache = adapter.prefill(contexts)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(rows), GRID[0] * GRID[1], adapter.latent_channels, generator=generator)
+    generator, grid = torch.Generator().manual_seed(seed), adapter.image_grid(rows[0])
+    num = grid[0] * grid[1]
+    if adapter.image_policy == "tokens":
+        codes = torch.full((len(rows), num), -1)
+        for step in range(num):
+            logits = adapter.next_image_logits(cache, codes, step, grid).logits[:, 0]
+            drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
+            codes[:, step] = drawn.squeeze(1)
+        return adapter.decode(codes, grid)
+    x = torch.randn(len(rows), num, adapter.latent_channels, generator=generator)
     sigmas = sigma_schedule(num_steps, shift=1.0, convention="steps")
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        x = ode_step(adapter.velocity(cache, x, sigma.expand(len(x)), GRID), x, sigma, sigma_next)
-    return adapter.decode(x, GRID)
+        x = ode_step(adapter.velocity(cache, x, sigma.expand(len(x)), grid), x, sigma, sigma_next)
+    return adapter.decode(x, grid)
 
 
-def written(adapter: DigitsAdapter, texts: Sequence[str]) -> list[TextSegment]:
+def written(adapter: Any, texts: Sequence[str]) -> list[TextSegment]:
     """Return closed reasonings with the given characters."""
     encode = adapter.tokenizer.encode_reasoning
     return [TextSegment(tokens=torch.tensor([*encode(t), adapter.stop_token])) for t in texts]
 
 
-def evaluate(adapter: DigitsAdapter, split: Split, *, seed: int = 0) -> dict[str, float]:
+def evaluate(adapter: Any, split: Split, *, seed: int = 0) -> dict[str, float]:
     """Measure a model on the held-out questions of a split.
+
+    Args:
+        adapter: with a :class:`WordTokenizer`.
+        split: of the questions.
+        seed: of draws.
 
     Returns:
         Greedy and sampled reward (probability of the right digit, 0 for truncated reasoning), accuracy

@@ -17,15 +17,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_unigrpo.adapters.digits.adapter import DigitsAdapter
-from lightning_unigrpo.adapters.digits.images import GRID, load_digits, patchify
-from lightning_unigrpo.adapters.digits.task import Question, apply, questions
-from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory
+from lightning_unigrpo.adapters.digits.images import load_digits
+from lightning_unigrpo.adapters.digits.task import Question, WordTokenizer, apply, questions
+from lightning_unigrpo.types import (
+    Grid,
+    ImageSegment,
+    Prompt,
+    TextSegment,
+    TokenImageSegment,
+    Trajectory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -81,19 +89,29 @@ def lesson(
     return ";".join(steps), drawn
 
 
-def noisy_image(clean: Tensor, sigmas: Tensor, noise: Tensor) -> ImageSegment:
+class Student(Protocol):
+    """What lessons need of an adapter beside the contract."""
+
+    tokenizer: WordTokenizer
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Turn ``[n, 8, 8]`` pixels in [-1, 1] into latents ``[n, N, C]``, or codes ``[n, N]``."""
+
+
+def noisy_image(clean: Tensor, sigmas: Tensor, noise: Tensor, grid: Grid) -> ImageSegment:
     """Return an image at independent noise levels, to be scored like the steps of a window.
 
     Args:
         clean: ``[N, C]``.
         sigmas: ``[K]`` in (0, 1).
         noise: ``[K, N, C]``.
+        grid: ``(h, w)``.
     """
     levels = sigmas.view(-1, 1, 1)
     states = (1 - levels) * clean + levels * noise
     return ImageSegment(
         latent=clean,
-        grid=GRID,
+        grid=grid,
         states=torch.cat([states, clean.unsqueeze(0)]),
         sigmas=torch.cat([sigmas, sigmas.new_zeros(1)]),
     )
@@ -103,45 +121,47 @@ class Lessons:
     """Draws batches of what the teacher says and draws."""
 
     def __init__(
-        self, adapter: DigitsAdapter, teacher: Teacher, seed: int, errors_of: int, levels: int = 4
+        self, adapter: Any, teacher: Teacher, seed: int, errors_of: int, levels: int = 4
     ) -> None:
-        self.adapter, self.teacher, self.levels = adapter, teacher, levels
+        self.adapter: Any = adapter
+        self.teacher, self.levels, self.grid = teacher, levels, adapter.image_grid(Prompt(text=""))
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(seed)
         self.errors = preferred_errors(teacher, np.random.default_rng((errors_of, 1)))
         self.questions = questions("train")
         pixels, labels = load_digits("train")
-        self.by_digit = [patchify(pixels[labels == digit]) for digit in range(10)]
+        self.by_digit = [adapter.encode(pixels[labels == digit]) for digit in range(10)]
 
-    def batch(self, size: int) -> tuple[list[Trajectory], Tensor]:
-        """Return trajectories and the target velocities ``[size * K, N, C]``."""
-        tokenizer = self.adapter.tokenizer
-        noise = torch.randn(
-            size, self.levels, *self.by_digit[0].shape[1:], generator=self.generator
-        )
-        sigmas = torch.rand(size, self.levels, generator=self.generator).clamp_min(1e-3)
+    def batch(self, size: int) -> tuple[list[Trajectory], list[Tensor]]:
+        """Return trajectories, and of continuous images the target velocities ``[K, N, C]`` each."""
+        tokenizer, noise, sigmas = self.adapter.tokenizer, None, None
+        if self.adapter.image_policy == "flow":
+            shape = (size, self.levels, *self.by_digit[0].shape[1:])
+            noise = torch.randn(shape, generator=self.generator)
+            sigmas = torch.rand(size, self.levels, generator=self.generator).clamp_min(1e-3)
         trajectories, targets = [], []
         for i, pick in enumerate(self.rng.integers(len(self.questions), size=size)):
             question = self.questions[pick]
             said, drawn = lesson(question, self.teacher, self.errors, self.rng)
             ids = torch.tensor([*tokenizer.encode_reasoning(said), tokenizer.eos])
-            words = torch.tensor(tokenizer.encode(question.words(int(self.rng.integers(9)))))
+            prompt = Prompt(text=question.words(int(self.rng.integers(9))))
             images = self.by_digit[drawn]
             clean = images[int(self.rng.integers(len(images)))]
-            segments: list[Segment] = [
-                TextSegment(tokens=words),
-                TextSegment(tokens=ids, log_prob=torch.zeros(len(ids))),
-                noisy_image(clean, sigmas[i], noise[i]),
-            ]
-            trajectories.append(
-                Trajectory(prompt=Prompt(text=""), segments=segments, group=0, member=i)
-            )
-            targets.append(noise[i] - clean)
-        return trajectories, torch.cat(targets)
+            image: ImageSegment | TokenImageSegment
+            if noise is None or sigmas is None:
+                zeros = torch.zeros(len(clean))
+                image = TokenImageSegment(tokens=clean, grid=self.grid, log_prob=zeros)
+            else:
+                image = noisy_image(clean, sigmas[i], noise[i], self.grid)
+                targets.append(noise[i] - clean)
+            text = TextSegment(tokens=ids, log_prob=torch.zeros(len(ids)))
+            segments = [*self.adapter.tokenize(prompt), text, image]
+            trajectories.append(Trajectory(prompt=prompt, segments=segments, group=0, member=i))
+        return trajectories, targets
 
 
 def teach(
-    adapter: DigitsAdapter,
+    adapter: Any,
     *,
     seed: int,
     steps: int = 1000,
@@ -150,10 +170,10 @@ def teach(
     teacher: Teacher | None = None,
     errors_of: int | None = None,
 ) -> None:
-    """Train in place on cross entropy of the reasoning plus squared error of the velocity.
+    """Train in place on cross entropy of the reasoning, plus that of codes or squared error of the velocity.
 
     Args:
-        adapter: the model.
+        adapter: the model, a :class:`Student`.
         seed: of lessons and noise.
         steps: optimizer steps, with a short warm-up and cosine decay.
         batch_size: lessons per step.
@@ -172,10 +192,13 @@ def teach(
     )
     adapter.train()
     for step in range(steps):
-        trajectories, target = lessons.batch(batch_size)
+        trajectories, targets = lessons.batch(batch_size)
         scores = adapter(trajectories)
         text = -torch.cat(scores.text).mean()
-        image = (torch.cat(scores.velocity) - target).square().mean()
+        if targets:
+            image = (torch.cat(scores.velocity) - torch.cat(targets)).square().mean()
+        else:
+            image = -torch.cat(scores.image_tokens).mean()
         optimizer.zero_grad()
         (text + image).backward()
         torch.nn.utils.clip_grad_norm_(adapter.net.parameters(), 1.0)
