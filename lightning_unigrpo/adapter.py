@@ -22,7 +22,6 @@ from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
     Defaults,
     Grid,
-    ImageSegment,
     Prompt,
     Scores,
     Segment,
@@ -117,8 +116,11 @@ class Adapter(nn.Module, ABC):
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
         """Turn clean latents ``[B, N, C]`` (or codes ``[B, N]``) into ``[B, 3, H, W]`` in [0, 1]."""
 
-    def look(self, image: ImageSegment) -> ImageSegment:
-        """Return the drawn image as later segments will see it, ``views`` filled; same by default."""
+    def look(self, image: Any) -> Any:
+        """Return a drawn image, of codes or latents, as later segments will see it, with its ``views``.
+
+        The same by default.
+        """
         return image
 
     # ---- sampling, without gradients, through a cache

@@ -432,8 +432,7 @@ class _Chunk:
             drawn = self._one_grid(rows, members, place, grid)
             for b, image in zip(members, drawn, strict=True):
                 image.is_context = not is_last
-                looked_at = not is_last and isinstance(image, ImageSegment)
-                images[b] = self.adapter.look(cast(ImageSegment, image)) if looked_at else image
+                images[b] = image if is_last else self.adapter.look(image)
         return cast(list[Segment], images)
 
     def _one_grid(

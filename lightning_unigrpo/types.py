@@ -106,6 +106,8 @@ class TokenImageSegment:
     """``(h, w)`` with ``h * w = N``."""
     is_context: bool = False
     """Whether later segments see this image."""
+    views: dict[str, Tensor] = field(default_factory=dict)
+    """How later segments see it, made once when it was drawn, as the adapter names it."""
     step: Tensor | None = None
     """``[N]`` int64, the sampling step each token was revealed in."""
     log_prob: Tensor | None = None

@@ -168,7 +168,7 @@ def extend_after_drawing(s: Subject) -> float | None:
         else:
             uniforms = torch.linspace(0, 0.99, 3 * num, device=s.device).view(3, num)
             drawn = sample_image_tokens(s.adapter, cache, uniforms, s.grid, temperature=1.0)
-            pictures[:] = [replace(image, is_context=True) for image in drawn]
+            pictures[:] = [s.adapter.look(replace(image, is_context=True)) for image in drawn]
         return extended(s.adapter, cache, pictures)
 
     walked()

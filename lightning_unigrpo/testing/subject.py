@@ -106,7 +106,7 @@ class Subject:
         num_codes = self.image_output(cache).shape[-1]
         codes = torch.randint(num_codes, (3, num), generator=torch.Generator().manual_seed(0))
         return [
-            TokenImageSegment(tokens=row, grid=self.grid, is_context=True)
+            self.adapter.look(TokenImageSegment(tokens=row, grid=self.grid, is_context=True))
             for row in codes.to(self.device)
         ]
 
