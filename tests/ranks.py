@@ -193,6 +193,10 @@ def main() -> None:
     let_fsdp_run_on_cpus()
     module, _, name = target.partition(":")
     getattr(importlib.import_module(module), name)(Path(folder), *words)
+    # Together: gloo's threads abort a process, seldom, that ends while another still talks to it.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
