@@ -61,7 +61,7 @@ class FlowDigits(JanusFlowAdapter):
             stride=2,
             padding=0,
             decoder_channels=32,
-            decoder_blocks=1,
+            decoder_blocks=2,
             decoder_eps=1e-6,
             upsamples=1,
         )

@@ -169,6 +169,7 @@ def teach(
     lr: float = 2e-3,
     teacher: Teacher | None = None,
     errors_of: int | None = None,
+    levels: int = 4,
 ) -> None:
     """Train in place on cross entropy of the reasoning, plus that of codes or squared error of the velocity.
 
@@ -180,8 +181,10 @@ def teach(
         lr: peak learning rate.
         teacher: how it errs.
         errors_of: seed of the teacher's preferred errors; ``None`` = ``seed``.
+        levels: noise levels per continuous image.
     """
-    lessons = Lessons(adapter, teacher or Teacher(), seed, seed if errors_of is None else errors_of)
+    errors_of = seed if errors_of is None else errors_of
+    lessons = Lessons(adapter, teacher or Teacher(), seed, errors_of, levels)
     optimizer = torch.optim.AdamW(
         [p for p in adapter.net.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98)
     )

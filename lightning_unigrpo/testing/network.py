@@ -19,7 +19,6 @@ from lightning_unigrpo.testing.report import (
 from lightning_unigrpo.testing.subject import (
     Subject,
     apart,
-    codes_of,
     short_list,
     with_values,
     worst,
@@ -229,7 +228,7 @@ def words(s: Subject) -> Finding:
 )
 def decode(s: Subject) -> Finding:
     """Distance from the range, and between a batch and its rows; NaN for a wrong shape."""
-    codes = 3 * s.noise(range(3)) if s.is_flow else torch.stack([codes_of(p) for p in s.pictures()])
+    codes = 3 * s.noise(range(3)) if s.is_flow else s.codes()
     pixels = s.adapter.decode(codes, s.grid)
     size = s.prompts[0].size
     shape = (3, 3, *(size or pixels.shape[2:]))

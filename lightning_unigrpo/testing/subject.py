@@ -101,14 +101,18 @@ class Subject:
                 self.adapter.look(ImageSegment(latent=x, grid=self.grid, is_context=True))
                 for x in self.noise(range(3))
             ]
+        return [
+            self.adapter.look(TokenImageSegment(tokens=row, grid=self.grid, is_context=True))
+            for row in self.codes()
+        ]
+
+    def codes(self) -> Tensor:
+        """Return the codes ``[3, N]`` of discrete images."""
         cache = self.adapter.prefill(self.contexts)
         num = self.grid[0] * self.grid[1]
         num_codes = self.image_output(cache).shape[-1]
-        codes = torch.randint(num_codes, (3, num), generator=torch.Generator().manual_seed(0))
-        return [
-            self.adapter.look(TokenImageSegment(tokens=row, grid=self.grid, is_context=True))
-            for row in codes.to(self.device)
-        ]
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(num_codes, (3, num), generator=generator).to(self.device)
 
     def history(self) -> list[list[Segment]]:
         """Return what follows the prompts: a text; with two rounds also an image and a text."""
@@ -211,12 +215,6 @@ def extended(adapter: Adapter, cache: Cache, segments: Sequence[Segment]) -> Cac
     """Extend a cache and return it."""
     adapter.extend(cache, segments)
     return cache
-
-
-def codes_of(segment: Segment) -> Tensor:
-    """Return the tokens of a text or of a discrete image."""
-    assert not isinstance(segment, ImageSegment)
-    return segment.tokens
 
 
 def trajectory_of(prompt: Prompt, segments: list[Segment]) -> Trajectory:
