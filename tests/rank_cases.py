@@ -47,6 +47,7 @@ from lightning_unigrpo.adapters.bagel.lora import LoRA
 from lightning_unigrpo.adapters.bagel.network import MLP
 from lightning_unigrpo.adapters.digits import DigitReward, DigitsAdapter
 from lightning_unigrpo.callbacks import Experience, UniGRPOCallback
+from tests.families import CodeDigits, FlowDigits
 from tests.materialize import Watch, now
 from tests.published import SENTENCES
 from tests.ranks import CPUFSDPStrategy, trainer_of
@@ -183,6 +184,13 @@ def bagel(folder: Path, **settings: Any) -> Adapter:
     return BagelAdapter.from_pretrained(folder, default_size=(32, 32), **settings)
 
 
+def seeded(build: Callable[[], Adapter]) -> Adapter:
+    """Return an adapter whose random weights are the same on all ranks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
+
+
 def bagel_lora(folder: Path) -> Adapter:
     return bagel(folder, lora=LoRA(rank=4))
 
@@ -216,6 +224,9 @@ CASES = {
     "adamw": Case(**DIGITS, lr=None),
     "bagel": Case(build=bagel, **SEEN),
     "lora": Case(build=bagel_lora, **SEEN),
+    # One decoder for words and images, of transformers.
+    "janusflow": Case(**(DIGITS | {"build": lambda folder: seeded(FlowDigits)})),
+    "januspro": Case(**(DIGITS | {"build": lambda folder: seeded(CodeDigits)})),
     "flow": Case(build=lambda folder: ToyFlow(), **TOY),
     "tokens": Case(build=lambda folder: ToyTokens(), **TOY),
     "masked": Case(build=lambda folder: ToyMasked(), **TOY),

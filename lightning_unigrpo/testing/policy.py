@@ -119,10 +119,12 @@ def gradients(s: Subject) -> Finding:
     wrong = []
     for group, listed in s.adapter.param_groups().items():
         live = [p for p in listed if p.requires_grad]
+        if not live:  # LoRA may be on one side only
+            continue
         found = torch.autograd.grad(total, live, retain_graph=True, allow_unused=True)
         pairs = list(zip(live, found, strict=True))
         wrong += [names[id(p)] for p, g in pairs if g is None or not bool(g.isfinite().all())]
-        if live and not any(g is not None and bool(g.any()) for _, g in pairs):
+        if not any(g is not None and bool(g.any()) for _, g in pairs):
             wrong.append(f"all of {group!r}")
     return Finding(len(wrong), short_list(wrong))
 
