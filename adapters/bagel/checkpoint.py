@@ -17,14 +17,16 @@ from torch import nn
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.bagel.network import sincos_table
 from lightning_unigrpo.adapters.common.files import (
+    find_shards,
     read_header,
     read_json,
     read_tensors,
+    require_same,
     set_parameter,
 )
 from lightning_unigrpo.adapters.common.lora import base_name, first_value
 
-WEIGHTS, AUTOENCODER, INDEX = "ema.safetensors", "ae.safetensors", "ema.safetensors.index.json"
+WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 LLM, VIT = "llm_config.json", "vit_config.json"
 VISION = ("vit_model.", "connector.", "vit_pos_embed.")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
@@ -52,7 +54,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         missing = [name for name in (LLM, AUTOENCODER) if not (folder / name).is_file()]
-        shards = self._shards()
+        shards = find_shards(folder, WEIGHTS)
         if not shards:
             missing.append(WEIGHTS)
         if missing:
@@ -65,20 +67,6 @@ class Checkpoint:
         self.vit_config = read_json(folder / VIT) if (folder / VIT).is_file() else None
         self.tensors = {k: v for path in shards for k, v in read_header(path).items()}
         self.autoencoder = read_header(folder / AUTOENCODER)
-
-    def _shards(self) -> list[Path]:
-        whole, index = self.folder / WEIGHTS, self.folder / INDEX
-        if whole.is_file():
-            return [whole]
-        if not index.is_file():
-            return []
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        lost = [name for name in names if not (self.folder / name).is_file()]
-        if lost:
-            raise FileNotFoundError(
-                f"adapter.source {self.folder}: {INDEX} names {', '.join(lost)}, missing."
-            )
-        return [self.folder / name for name in names]
 
     @property
     def has_vision(self) -> bool:
@@ -139,24 +127,19 @@ class Checkpoint:
         found = {name: file.shape for name, file in self.tensors.items()}
         if not any(name.startswith(VISION) for name in expected):
             found = {name: shape for name, shape in found.items() if not name.startswith(VISION)}
-        wrong = [
-            f"  {name}: {found.get(name, 'missing')} in the file, "
-            f"{expected.get(name, 'unknown')} in the model"
-            for name in sorted(found.keys() | expected.keys())
-            if name not in TABLES and not self._agree(name, found.get(name), expected.get(name))
-        ]
-        if wrong:
-            more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-            raise ValueError(
-                f"adapter.source {self.folder} holds another model; {len(wrong)} tensors differ:\n"
-                + "\n".join(wrong[:8])
-                + more
-                + "\nSizes come from llm_config.json and vit_config.json; adapter.overrides changes them."
-            )
+        require_same(
+            self.folder,
+            found,
+            expected,
+            hint="Sizes come from llm_config.json and vit_config.json; adapter.overrides changes them.",
+            agree=self._agree,
+        )
 
     def _agree(
         self, name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] | None
     ) -> bool:
+        if name in TABLES:
+            return True
         if found is not None and expected is not None and name.endswith("patch_embedding.weight"):
             return math.prod(found) == math.prod(expected)  # as a convolution or flat
         return found == expected

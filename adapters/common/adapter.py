@@ -184,18 +184,23 @@ class DecoderAdapter(Adapter):
 
     # ---- sampling
 
+    def new_cache(self, num_rows: int, dtype: torch.dtype) -> DecoderCache:
+        """Return a cache of empty contexts, its keys and values in ``dtype``."""
+        config = self.decoder.config
+        return DecoderCache(
+            cache_sizes(config),
+            num_rows,
+            device=self.device,
+            dtype=dtype,
+            vocab_size=config.vocab_size,
+        )
+
     @torch.no_grad()
     def prefill(self, contexts: Sequence[Sequence[Segment]]) -> DecoderCache:
         """Read ragged contexts segment by segment."""
-        kind, decoder = self.device.type, self.decoder
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        cache = DecoderCache(
-            cache_sizes(decoder.config),
-            len(contexts),
-            device=self.device,
-            dtype=dtype or decoder.embed_tokens.weight.dtype,
-            vocab_size=decoder.config.vocab_size,
-        )
+        kind, weight = self.device.type, self.decoder.embed_tokens.weight
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        cache = self.new_cache(len(contexts), dtype)
         for place in range(max((len(c) for c in contexts), default=0)):
             self._read(cache, [c[place] if place < len(c) else None for c in contexts])
         return cache

@@ -34,6 +34,11 @@ def _attend(
 AttentionInterface.register(NAME, _attend)
 
 
+def _alone(layer: int, heads: Heads, sizes: list[int]) -> list[Tensor]:
+    """Let every row be what it is without others."""
+    return [heads.query.flatten(1)]
+
+
 def use_flat_rows(config: PretrainedConfig) -> PretrainedConfig:
     """Let a decoder that is built from this configuration attend through :func:`run_decoder` only.
 
@@ -70,6 +75,10 @@ def run_decoder(
         ``[M, d]`` after the decoder's last norm.
     """
     model = cast(Any, decoder)
+    if not len(x):
+        # transformers cannot shape no rows; ranks that shard weights still gather them on every call.
+        x, positions, attention = x.new_zeros(1, x.shape[1]), positions.new_zeros(1), _alone
+        return run_decoder(decoder, x, positions, attention)[:0]
     hidden = x.unsqueeze(0)
     tables = model.rotary_emb(hidden, positions.unsqueeze(0))
 

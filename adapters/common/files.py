@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from lightning_unigrpo.adapters.common.lora import base_name, first_value
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +27,70 @@ class TensorFile:
     shape: tuple[int, ...]
 
 
+def find_shards(folder: Path, weights: str) -> list[Path]:
+    """Return the file of some weights, or the shards that its index names; nothing where neither is there.
+
+    Args:
+        folder: where to look.
+        weights: name of the single file; the index is called ``weights + ".index.json"``.
+
+    Raises:
+        FileNotFoundError: when the index names files that are missing.
+    """
+    whole, index = folder / weights, folder / f"{weights}.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise FileNotFoundError(
+            f"adapter.source {folder}: {index.name} names {', '.join(lost)}, missing."
+        )
+    return [folder / name for name in names]
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+Agree = Callable[[str, "tuple[int, ...] | None", "tuple[int, ...] | None"], bool]
+
+
+def require_same(
+    folder: Path,
+    found: Shapes,
+    expected: Shapes,
+    *,
+    hint: str,
+    agree: Agree = lambda _name, a, b: a == b,
+) -> None:
+    """Compare names and shapes of a file with a model's, before a byte of weights is read.
+
+    Args:
+        folder: for the message.
+        found: in the file.
+        expected: in the model.
+        hint: last line of the message: where sizes come from.
+        agree: whether a tensor's shapes, ``None`` where it is missing, go together; equality by default.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wrong = [
+        f"  {name}: {found.get(name, 'missing')} in the file, "
+        f"{expected.get(name, 'unknown')} in the model"
+        for name in sorted(found.keys() | expected.keys())
+        if not agree(name, found.get(name), expected.get(name))
+    ]
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(
+            f"adapter.source {folder} holds another model; {len(wrong)} tensors differ:\n"
+            + "\n".join(wrong[:8])
+            + more
+            + f"\n{hint}"
+        )
+
+
 def set_parameter(module: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
     """Replace a parameter, keeping its dtype and whether it is trained."""
     path, _, leaf = name.rpartition(".")
@@ -32,6 +98,29 @@ def set_parameter(module: nn.Module, name: str, value: Tensor, device: torch.dev
     # A copy even where nothing changes: the original is a page of the file.
     value = value.to(device=device, dtype=old.dtype, copy=True).contiguous()
     setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+
+
+def fill_from(
+    part: nn.Module, tensors: Mapping[str, TensorFile], *, prefix: str = "", device: torch.device
+) -> None:
+    """Replace what is on the meta device, one tensor in memory at a time; each keeps its dtype.
+
+    Args:
+        part: of a module with names as in the file.
+        tensors: of the file.
+        prefix: of the part's names there.
+        device: of the tensors afterwards.
+    """
+    lacking = {name: p for name, p in part.named_parameters() if p.is_meta}
+    wanted = {
+        name: tensors[file]
+        for name in lacking
+        if (file := base_name(prefix + name)) in tensors and "lora_" not in name
+    }
+    for name, tensor in read_tensors(wanted):
+        set_parameter(part, name, tensor, device)
+    for name in lacking.keys() - wanted.keys():
+        set_parameter(part, name, first_value(prefix + name, lacking[name]), device)
 
 
 def read_json(path: Path) -> dict[str, Any]:

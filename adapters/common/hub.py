@@ -26,6 +26,7 @@ def find_folder(
     *,
     revision: str | None = None,
     example: str = "ByteDance-Seed/BAGEL-7B-MoT",
+    key: str = "adapter.source",
 ) -> Path:
     """Return the folder of a checkpoint, downloaded if ``source`` is a hub id.
 
@@ -40,6 +41,7 @@ def find_folder(
         source: a folder, or a hub id.
         revision: branch, tag or commit of a hub id.
         example: a hub id for the message.
+        key: the setting that names ``source``, for the message.
 
     Raises:
         FileNotFoundError: when there is no such folder, repository or revision, no way to reach it, or the
@@ -52,7 +54,7 @@ def find_folder(
     name = str(source)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.exists():
         raise FileNotFoundError(
-            f"adapter.source is {name!r}: neither a folder nor a hub id such as {example!r}."
+            f"{key} is {name!r}: neither a folder nor a hub id such as {example!r}."
         )
     # More connections and gigabytes of buffers; a user's 0 switches them off. hf_xet reads it once, when
     # it is imported, and huggingface_hub imports it no earlier than its first transfer.
@@ -67,7 +69,7 @@ def find_folder(
         )
     except Exception as error:
         # All of them: httpx's errors are no OSErrors, hf_xet's are RuntimeErrors.
-        raise _explained(error, silence, name, revision) from error
+        raise _explained(error, silence, name, revision, key) from error
     return Path(folder)
 
 
@@ -86,7 +88,7 @@ def _silence(name: str, revision: str | None) -> Exception | None:
 
 
 def _explained(
-    error: Exception, silence: Exception | None, name: str, revision: str | None
+    error: Exception, silence: Exception | None, name: str, revision: str | None, key: str
 ) -> OSError:
     """Return the error that says what to do about a failed download.
 
@@ -95,8 +97,9 @@ def _explained(
         silence: why the hub did not answer, if it did not.
         name: hub id.
         revision: as given.
+        key: the setting that holds ``name``.
     """
-    hub, given = constants.ENDPOINT, f"adapter.source is {name!r}"
+    hub, given = constants.ENDPOINT, f"{key} is {name!r}"
     if isinstance(error, GatedRepoError):
         return PermissionError(
             f"{given}, which is gated: accept its terms at {hub}/{name}, then `hf auth login`."
@@ -107,8 +110,9 @@ def _explained(
             "`hf auth login`)."
         )
     if isinstance(error, RevisionNotFoundError):
+        setting = "adapter.revision" if key == "adapter.source" else f"{key}_revision"
         return FileNotFoundError(
-            f"adapter.revision is {revision!r}: {name} at {hub} has no such branch, tag or commit."
+            f"{setting} is {revision!r}: {name} at {hub} has no such branch, tag or commit."
         )
     if not isinstance(error, LocalEntryNotFoundError):
         return FileNotFoundError(

@@ -1,0 +1,425 @@
+"""JanusFlow as one policy: one Llama reasons and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unigrpo.adapter import Footprint
+from lightning_unigrpo.adapters.common.adapter import DecoderAdapter
+from lightning_unigrpo.adapters.common.cache import DecoderCache
+from lightning_unigrpo.adapters.common.conversation import conversation
+from lightning_unigrpo.adapters.common.lora import LowRank
+from lightning_unigrpo.adapters.janusflow.config import JanusFlowConfig
+from lightning_unigrpo.adapters.janusflow.footprint import Rows, footprint
+from lightning_unigrpo.adapters.janusflow.network import JanusFlowNet, Pack
+from lightning_unigrpo.adapters.janusflow.packing import Packer
+from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision, PictureProcessor
+from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.types import (
+    Grid,
+    ImageSegment,
+    Prompt,
+    Scores,
+    Segment,
+    TextSegment,
+)
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.adapters.janusflow.vae import JanusFlowVAE
+
+PICTURE = "\x00"
+"""Where a picture stands in a conversation that is still text."""
+VAE = "stabilityai/sdxl-vae"
+
+
+class Tokenizer(Protocol):
+    """What the adapter needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without marks but those written in it."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+
+
+class JanusFlowAdapter(DecoderAdapter):
+    """JanusFlow: reasons, draws with a flow, and looks at pictures.
+
+    Layout of a context, one linear sequence: ``bos``, the conversation as words, and wherever a picture is
+    seen ``begin + patches + end`` of the vision tower. An image being drawn is
+    ``time embedding + latents`` behind it; its rows see those before them. Nothing later sees it: a drawn
+    picture that is looked at is decoded and read by the tower, in a turn of the user.
+
+    The Llama speaks *and* draws. The ``text`` group is all of it with its head, and ``optim.text_lr`` its
+    rate in both tasks; the ``flow`` group is what only draws (encoder, decoder and their bridges).
+
+    The published model: :meth:`from_pretrained`.
+
+    Source: JanusFlow, https://arxiv.org/abs/2411.07975.
+
+    Args:
+        config: sizes and special tokens.
+        tokenizer: turns prompts into ids.
+        net: the network; ``None`` builds one with random weights.
+        vae: latents to pixels; without it :meth:`decode` is a subclass's business.
+        vision: the tower that looks at pictures; without it there are neither input images nor reflection.
+        pictures: how pixels are brought to the tower; ``None`` = upstream's defaults.
+        system_prompt: stands before the conversation: the wish to reason before drawing.
+        look_prompt: what the user says when a drawn picture is shown, in a plan that goes on after it.
+        default_size: height and width in pixels of an image whose prompt names none.
+        lora: train low-rank adapters of the Llama instead of the weights; the base is then the reference,
+            and its dtype may be ``bfloat16``.
+        detach_context: cut the image loss's gradient into the reasoning's keys and values.
+        gradient_checkpointing: recompute each layer in the backward pass.
+        attention: of the packed pass: ``sdpa``, or ``flex`` (FlexAttention) on a GPU.
+        freeze: parameters that are not trained, by any part of their names: ``("vision_gen_",)`` for all that
+            only draws, ``("embed_tokens", "lm_head")`` for the vocabulary.
+        share_prefixes: in the packed pass, run what trajectories begin with in common (the prompt of a
+            group, given images, equal reasonings) once for all of them; the numbers stay the same.
+    """
+
+    net: JanusFlowNet
+
+    def __init__(
+        self,
+        config: JanusFlowConfig,
+        tokenizer: Tokenizer,
+        *,
+        net: JanusFlowNet | None = None,
+        vae: JanusFlowVAE | None = None,
+        vision: JanusFlowVision | None = None,
+        pictures: PictureProcessor | None = None,
+        system_prompt: str | None = None,
+        look_prompt: str = "Compare the picture with the request, and say what to draw better.",
+        default_size: tuple[int, int] = (384, 384),
+        lora: LowRank | None = None,
+        detach_context: bool = False,
+        gradient_checkpointing: bool = False,
+        attention: Literal["sdpa", "flex"] = "sdpa",
+        freeze: Sequence[str] = (),
+        share_prefixes: bool = True,
+    ) -> None:
+        super().__init__(
+            net or JanusFlowNet(config),
+            stop_token=config.eos,
+            lora=lora,
+            detach_context=detach_context,
+            gradient_checkpointing=gradient_checkpointing,
+            attention=attention,
+            freeze=freeze,
+            share_prefixes=share_prefixes,
+        )
+        self.config, self.latent_channels = config, config.flow.latent_channels
+        self.tokenizer: Any = tokenizer
+        # A dict, not attributes: checkpoints hold neither, and no strategy wraps them.
+        self._frozen = {"vae": vae, "vision": vision}
+        if pictures is None and config.vision is not None:
+            pictures = PictureProcessor(size=config.vision.image_size)
+        self.pictures, self.default_size = pictures, default_size
+        self.system_prompt, self.look_prompt = system_prompt, look_prompt
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        vae: str | Path = VAE,
+        dtype: str = "float32",
+        vision: bool = True,
+        revision: str | None = None,
+        vae_revision: str | None = None,
+        **settings: Any,
+    ) -> JanusFlowAdapter:
+        """Open a published checkpoint; its weights are read by :meth:`materialize`, when training begins.
+
+        Args:
+            source: a folder in the published layout, or a hub id: ``deepseek-ai/JanusFlow-1.3B``.
+            vae: a folder or hub id of SDXL's autoencoder in the layout of ``diffusers``.
+            dtype: of the network: ``float32`` for full fine-tuning (with ``bf16-mixed`` compute),
+                ``bfloat16`` for a frozen base under LoRA and for inference.
+            vision: build the vision tower; without it there are neither input images nor reflection.
+            revision: of a hub id.
+            vae_revision: of the autoencoder's.
+            settings: the other arguments of the constructor.
+
+        Raises:
+            FileNotFoundError: for a wrong folder, missing files, or a hub that cannot be reached.
+            ValueError: for truncated files, weights of another model, or an unknown dtype.
+        """
+        # Here, because diffusers takes seconds to import and a subclass may not need it.
+        from lightning_unigrpo.adapters.janusflow.pretrained import open_checkpoint
+
+        found = open_checkpoint(
+            source,
+            vae=vae,
+            dtype=dtype,
+            vision=vision,
+            revision=revision,
+            vae_revision=vae_revision,
+        )
+        adapter = cls(
+            found.config,
+            found.tokenizer,
+            net=found.net,
+            vae=found.vae,
+            vision=found.vision,
+            pictures=found.pictures,
+            **settings,
+        )
+        adapter.source = found
+        return adapter
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the weights in the published layout, which upstream and :meth:`from_pretrained` load."""
+        from lightning_unigrpo.adapters.janusflow.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @property
+    def decoder(self) -> Any:
+        """The Llama."""
+        return self.net.language_model.model
+
+    @property
+    def vae(self) -> JanusFlowVAE | None:
+        """The autoencoder."""
+        return cast("JanusFlowVAE | None", self._frozen["vae"])
+
+    @property
+    def vision(self) -> JanusFlowVision | None:
+        """The vision tower."""
+        return cast("JanusFlowVision | None", self._frozen["vision"])
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the autoencoder and the vision tower."""
+        return [module for module in self._frozen.values() if module is not None]
+
+    # ---- words and pixels
+
+    def tokenize(self, prompt: Prompt) -> list[Segment]:
+        """Return the conversation up to the assistant's turn; input images stand before the request."""
+        request = f"{PICTURE}\n" * len(prompt.images) + prompt.text.replace(PICTURE, "")
+        text = conversation(
+            [("User", request), ("Assistant", None)], system=self.system_prompt or ""
+        )
+        first, *rest = text.split(PICTURE)
+        segments: list[Segment] = [self._words([self.config.bos, *self.tokenizer.encode(first)])]
+        for pixels, words in zip(prompt.images, rest, strict=True):
+            segments += [self.read(pixels), self._words(self.tokenizer.encode(words))]
+        return segments
+
+    def _words(self, ids: Sequence[int]) -> TextSegment:
+        return TextSegment(tokens=torch.tensor(ids, dtype=torch.long, device=self.device))
+
+    def detokenize(self, tokens: Tensor) -> str:
+        """Return the words of ``[L]`` ids without the stop token."""
+        ids = tokens.tolist()
+        return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.stop_token] else ids))
+
+    def read(self, pixels: Tensor) -> ImageSegment:
+        """Return an input image as later segments see it.
+
+        Args:
+            pixels: ``[3, H, W]`` float32 in [0, 1], of any size.
+
+        Raises:
+            ValueError: when there is no vision tower.
+        """
+        none = torch.zeros(0, self.latent_channels, device=self.device)
+        views = self._views(pixels.to(self.device, torch.float32), (), (self.config.end_of_image,))
+        return ImageSegment(latent=none, grid=(0, 0), is_context=True, views=views)
+
+    def look(self, image: ImageSegment) -> ImageSegment:
+        """Show a drawn image: decoded, read by the tower, and put into a new turn of the user.
+
+        Raises:
+            ValueError: when there is no vision tower.
+        """
+        pixels = self.decode(image.latent.unsqueeze(0), image.grid)[0]
+        return replace(image, views=self._views(pixels, *self._turn()))
+
+    def _turn(self) -> tuple[list[int], list[int]]:
+        """Return the ids around a drawn picture: the assistant's turn ends, the user shows it."""
+        turns = [("User", f"{PICTURE}\n{self.look_prompt}"), ("Assistant", None)]
+        before, after = conversation(turns).split(PICTURE)
+        encode = self.tokenizer.encode
+        return [self.config.eos, *encode(before)], [self.config.end_of_image, *encode(after)]
+
+    @torch.no_grad()
+    def _views(
+        self, pixels: Tensor, before: Sequence[int], after: Sequence[int]
+    ) -> dict[str, Tensor]:
+        if self.vision is None or self.pictures is None:
+            raise ValueError(
+                f"{type(self).__name__} has no vision tower to see a picture with: give adapter.vision true, "
+                "or leave out input images and end model.sampling.plan with its only image."
+            )
+        return {
+            "before": self._words(before).tokens,
+            "rows": self.vision(self.pictures(pixels).unsqueeze(0))[0],
+            "after": self._words(after).tokens,
+        }
+
+    def image_grid(self, prompt: Prompt) -> Grid:
+        """Return the latent grid of the size asked for.
+
+        Raises:
+            ValueError: when the size is not a multiple of a row's pixels.
+        """
+        height, width = prompt.size or self.default_size
+        side = self.downsample * self.config.flow.stride
+        if height % side or width % side:
+            raise ValueError(
+                f"Prompt.size {(height, width)} must be multiples of {side} pixels (one row of the decoder)."
+            )
+        return height // self.downsample, width // self.downsample
+
+    @property
+    def downsample(self) -> int:
+        """Image pixels per side of one latent."""
+        return self.vae.downsample if self.vae is not None else 8
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Turn latents ``[B, N, C]`` into pixels ``[B, 3, H, W]`` in [0, 1].
+
+        Raises:
+            TypeError: when there is no autoencoder and no subclass that decodes.
+        """
+        if self.vae is None:
+            raise TypeError(
+                f"{type(self).__name__} has no image decoder: give it a vae, or override "
+                "decode(latents, grid) -> [B, 3, H, W]."
+            )
+        return (self.vae.decode(latents, grid) / 2 + 0.5).clamp(0, 1)
+
+    # ---- rows
+
+    def packer(self, *, share: bool = False) -> Packer:
+        """Return an empty packer."""
+        return Packer(config=self.config, device=self.device, share=share)
+
+    def words(self, ids: Tensor, positions: Tensor) -> Pack:
+        """Return a pack of words ``[M]`` at positions ``[M]`` that all want logits."""
+        return Pack.words(ids, positions, self.latent_channels)
+
+    def see(self, packer: Packer, image: Any, position: int) -> int:
+        """Add a picture and the words around it; one that was not looked at is not seen."""
+        if "rows" not in image.views:
+            return 0
+        before, after = (image.views[name].tolist() for name in ("before", "after"))
+        rows = image.views["rows"]
+        packer.read_on(before, position)
+        packer.picture(image, rows, position + len(before))
+        packer.read_on(after, position + len(before) + len(rows))
+        return len(before) + len(rows) + len(after)
+
+    def draw(self, packer: Packer, image: Any, position: int, steps: slice) -> None:
+        """Add the window's states, side by side at one position, each blind to the others."""
+        states, levels = image.states[:-1][steps], image.sigmas[:-1][steps]
+        packer.noisy(states, levels, image.grid, position)
+
+    def image_scores(self, scores: Scores, outputs: Tensor, packer: Packer) -> None:
+        """Enter the velocities."""
+        shapes = packer.velocity_shapes
+        parts = outputs.split([shape[:2].numel() for shape in shapes]) if shapes else ()
+        scores.velocity = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def noise(
+        self, packer: Packer, latents: Tensor, sigmas: Tensor, grid: Grid, position: int
+    ) -> None:
+        """Add k images ``[k, N, C]`` at noise levels ``[k]``, side by side, to the present sample."""
+        packer.noisy(latents, sigmas, grid, position)
+
+    def with_noise(self, pack: Pack, latents: Tensor, sigma: Tensor) -> Pack:
+        """Return a pack of one noise block per row with other latents ``[B, N, C]`` at levels ``[B]``."""
+        return replace(pack, latents=latents.flatten(0, 1), sigma=sigma)
+
+    # ---- guidance, in evaluation
+
+    def guidance(self, contexts: Sequence[Sequence[Segment]]) -> DecoderCache:
+        """Return contexts of ``bos`` alone, with the image where it stands behind the whole context.
+
+        ``v_u + scale (v - v_u)``, which is upstream's ``w v - (w - 1) v_u``. The gap matters: the image's
+        place moves with the length of the request.
+        """
+        cache = self.prefill([[self._words([self.config.bos])]] * len(contexts))
+        cache.positions = self._rows([self._length(context) for context in contexts])
+        return cache
+
+    def _length(self, context: Sequence[Segment]) -> int:
+        """Return how many positions a context takes."""
+        packer, position = self.packer(), 0
+        packer.sample()
+        for segment in context:
+            position += self._pack(packer, segment, position, slice(0))
+        return position
+
+    # ---- strategies, optimizers, memory
+
+    def is_flow(self, name: str) -> bool:
+        """Whether a parameter of ``net`` only draws; the Llama does both and is none."""
+        return "vision_gen_" in name  # strategies put words before it
+
+    def unreached(self, plan: Sequence[str]) -> list[nn.Parameter]:
+        """Return what only draws, without images; the head, without texts."""
+        found: list[nn.Parameter] = [] if "image" in plan else self.param_groups()["flow"]
+        if "text" not in plan:
+            found += [p for p in self.net.language_model.lm_head.parameters() if p.requires_grad]
+        return found
+
+    def footprint(
+        self,
+        sampling: Sampling,
+        *,
+        prompt_tokens: int,
+        dtype: torch.dtype,
+        prompt: Prompt | None = None,
+        evaluate: bool = False,
+    ) -> Footprint:
+        """Return the bytes per trajectory; guidance has a cache of its own beside the rollout's."""
+        prompt = prompt or Prompt(text="")
+        vision = self.config.vision if self.vision is not None else None
+        picture = 1 + vision.num_patches if vision is not None else 0
+        # "User: ", "\n" and the end mark, for each picture.
+        given = self._template() + prompt_tokens + len(prompt.images) * (picture + 2)
+        looked_at = picture + self._glue() if picture else 0
+        found = footprint(
+            self.config,
+            sampling,
+            Rows(given=given, grid=self.image_grid(prompt), looked_at=looked_at),
+            gradient_checkpointing=self.net.gradient_checkpointing,
+            dtype=dtype,
+            weights=self.decoder.embed_tokens.weight.dtype,
+        )
+        caches = 2 if evaluate and sampling.guidance_scale != 1 else 1
+        return found._replace(cache=caches * found.cache)
+
+    def _template(self) -> int:
+        """Return how many words every prompt begins with."""
+        text = conversation([("User", None), ("Assistant", None)], system=self.system_prompt or "")
+        return 1 + self._count(text)
+
+    def _glue(self) -> int:
+        """Return how many words stand around a drawn picture that is looked at."""
+        return 2 + self._count(conversation([("User", self.look_prompt), ("Assistant", None)]))
+
+    def _count(self, text: str) -> int:
+        # Without a tokenizer sizes are only estimated: about four letters to a token.
+        return len(self.tokenizer.encode(text)) if self.tokenizer else len(text) // 4
+
+
+def load_janusflow(source: str, **settings: Any) -> JanusFlowAdapter:
+    """:meth:`JanusFlowAdapter.from_pretrained` under a name that a YAML file can give as ``class_path``.
+
+    Args:
+        source: a folder in the published layout, or a hub id.
+        settings: the other arguments of :meth:`JanusFlowAdapter.from_pretrained`.
+    """
+    return JanusFlowAdapter.from_pretrained(source, **settings)

@@ -1,0 +1,165 @@
+"""What a JanusFlow is said to need, against measured bytes of a small one; and the release's sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_unigrpo.adapters.common import attention
+from lightning_unigrpo.adapters.common.cache import DecoderCache
+from lightning_unigrpo.adapters.janusflow import JanusFlowAdapter, JanusFlowConfig
+from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision
+from lightning_unigrpo.cli import run_estimate
+from lightning_unigrpo.config import Sampling, compute_dtype
+from lightning_unigrpo.rollout import Start, rollout
+from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory
+from tests.published_janusflow import CONFIG
+from tests.test_estimate import alive_after_forward, kept_for_backward, precisions
+from tests.test_janusflow_golden import Ids
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+WORDS, TOKENS = 12, 40
+PRECISIONS = ["32-true", "bf16-mixed", "bf16 base"]
+
+
+class Spelled(Ids):
+    """Words of a template count as one id a letter group; anything that is no number is 5."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) if word.isdigit() else 5 for word in text.split()]
+
+
+class Small(JanusFlowAdapter):
+    """Writes its texts to the end, draws without an autoencoder, and notes the bytes of its cache."""
+
+    held = 0
+
+    def decode(self, latents: torch.Tensor, grid: Any) -> torch.Tensor:
+        return latents.mean((1, 2)).sigmoid().view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+    def next_logits(self, cache: DecoderCache, *args: Any) -> Any:  # type: ignore[override]
+        logits = super().next_logits(cache, *args)
+        logits[:, self.stop_token] = -1e4
+        self.watch(cache)
+        return logits
+
+    def velocity(self, cache: DecoderCache, *args: Any) -> Any:  # type: ignore[override]
+        found = super().velocity(cache, *args)
+        self.watch(cache)
+        return found
+
+    def watch(self, cache: DecoderCache) -> None:
+        self.held = max(self.held, sum(x.nbytes for x in (*cache.keys, *cache.values)))
+
+
+def build(layers: int = 4, **settings: Any) -> Small:
+    found = json.loads(json.dumps(CONFIG))
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": layers}
+    found["language_config"].update(sizes)
+    for half, width in (("enc", "input_channels"), ("dec", "in_channels")):
+        params = found[f"vision_gen_{half}_config"]["params"]
+        params.update({"block_out_channels": [32], "layers_in_middle": 2})
+        params[width] = {"enc": 4, "dec": 48}[half]
+    config = JanusFlowConfig.from_upstream(found, {"bos": 0, "eos": 1, "end_of_image": 2})
+    assert config.vision is not None
+    vision = JanusFlowVision(config.vision, 128)
+    settings = {"default_size": (128, 128), "vision": vision} | settings
+    return Small(config, Spelled(), **settings)
+
+
+def sampling(*plan: Any) -> Sampling:
+    return Sampling(
+        plan=plan, max_text_tokens=TOKENS, window_size=3, num_timesteps=10, group_size=2
+    )
+
+
+def prompt() -> Prompt:
+    return Prompt(text=" ".join(["9"] * WORDS))
+
+
+def longest(adapter: Small, settings: Sampling) -> Trajectory:
+    """Return a rollout whose texts are as long as allowed."""
+    h, w = adapter.image_grid(prompt())
+    segments: list[Segment] = adapter.tokenize(prompt())
+    for place, kind in enumerate(settings.plan):
+        if kind == "text":
+            ids = torch.randint(5, 200, (TOKENS,))
+            segments.append(TextSegment(tokens=ids, stopped=False, log_prob=torch.zeros(TOKENS)))
+            continue
+        states = torch.randn(settings.window_size + 1, h * w, adapter.latent_channels)
+        levels = torch.linspace(0.9, 0.3, settings.window_size + 1)
+        image = ImageSegment(
+            latent=states[-1],
+            grid=(h, w),
+            states=states,
+            sigmas=levels,
+            is_context=place < len(settings.plan) - 1,
+        )
+        segments.append(adapter.look(image) if image.is_context else image)
+    return Trajectory(prompt=prompt(), segments=segments, group=0, member=0)
+
+
+def counted(adapter: Small, settings: Sampling, precision: str) -> Any:
+    dtype = compute_dtype(precision.replace(" ", "-"))
+    request, empty = (adapter.tokenize(p)[0].tokens for p in (prompt(), Prompt(text="")))
+    tokens = len(request) - len(empty)
+    return adapter.footprint(settings, prompt_tokens=tokens, dtype=dtype)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_activations(
+    rounds: int, dense: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each trajectory: the copies of weights that autocast makes are there once."""
+    if not dense:
+        monkeypatch.setattr(attention, "DENSE_LIMIT", 0)
+    adapter, settings = build(), sampling(*("text", "image") * rounds)
+    trajectories = [longest(adapter, settings) for _ in range(4)]
+    with precisions(precision, adapter):  # type: ignore[arg-type]
+        four, one = (kept_for_backward(adapter, trajectories[:n]) for n in (4, 1))  # type: ignore[arg-type]
+    found = counted(adapter, settings, precision).activations
+    assert found == pytest.approx((four - one) / 3, rel=0.04)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_activations_with_checkpointing(precision: str) -> None:
+    """What every layer keeps, and one layer that is run again."""
+    settings, found = sampling("text", "image", "text", "image"), {}
+    for saving, layers in ((True, 4), (False, 4), (False, 5)):
+        adapter = build(layers, gradient_checkpointing=saving)
+        trajectories = [longest(adapter, settings) for _ in range(3)]
+        with precisions(precision, adapter):  # type: ignore[arg-type]
+            three, one = (alive_after_forward(adapter, trajectories[:n]) for n in (3, 1))  # type: ignore[arg-type]
+        found[saving, layers] = (three - one) / 2
+    saving = build(gradient_checkpointing=True)
+    precisions(precision, saving)  # type: ignore[arg-type]
+    measured = found[True, 4] + found[False, 5] - found[False, 4]
+    assert counted(saving, settings, precision).activations == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("system_prompt", [None, "5 6 7"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_cache(rounds: int, precision: str, system_prompt: str | None) -> None:
+    """Of a rollout, to the byte; beside three times the logits of the next word."""
+    adapter, settings = build(system_prompt=system_prompt), sampling(*("text", "image") * rounds)
+    with precisions(precision, adapter):  # type: ignore[arg-type]
+        list(rollout(adapter, [Start(prompt(), 0, member) for member in range(2)], settings))
+    found = counted(adapter, settings, precision).cache - 3 * 4 * 320
+    assert adapter.held == 2 * found
+
+
+def test_the_shipped_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    """No file and no network; it fits one GPU of 80 GB."""
+    found = run_estimate([f"--config={CONFIGS / 'janusflow.yaml'}"])
+    vae, pool = 83_653_863, 12 * 1024 * 1024 + 12 * 1024
+    assert found.parameters + found.frozen - vae + pool == 2_046_367_504
+    assert found.memory["weights"] == found.memory["reference"] == 4 * found.parameters
+    assert max(found.rollout, found.update) < 70 * 2**30
+    assert "1,727,982,352 parameters" in capsys.readouterr().out
