@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.config import Sampling, num_steps
 from lightning_unigrpo.types import (
     Defaults,
     Grid,
@@ -279,6 +279,16 @@ class Adapter(nn.Module, ABC):
             NotImplementedError: when the adapter does not say.
         """
         raise NotImplementedError(f"{type(self).__name__} has no footprint(...).")
+
+    def image_calls(self, sampling: Sampling) -> int:
+        """Return how often ``net`` is called to draw one image, for ``unigrpo estimate``.
+
+        By default once for each noise level, or for each code.
+        """
+        if self.image_policy == "flow":
+            return num_steps(sampling.num_timesteps, sampling.schedule)
+        h, w = self.image_grid(Prompt(text=""))
+        return h * w
 
     # ---- what strategies and optimizers need to know
 

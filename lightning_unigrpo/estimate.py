@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_unigrpo.budget import rows_within, too_small
-from lightning_unigrpo.config import compute_dtype, num_steps
+from lightning_unigrpo.config import compute_dtype
 from lightning_unigrpo.module import UniGRPOModule
 
 UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
@@ -226,7 +226,7 @@ def estimate(module: UniGRPOModule, setup: Setup) -> Estimate:
         too_small(optim.activation_gib, foot.activations, "model.optim.activation_gib"),
     )
     frozen = [p for child in adapter.frozen_modules() for p in child.parameters()]
-    calls = num_steps(sampling.num_timesteps, sampling.schedule)
+    calls = module.adapter.image_calls(sampling)
     passes = -(-rows // batch)
     needs_old = module.objective.old_log_prob == "recompute" or (
         module.objective.old_log_prob == "auto" and setup.compute != torch.float32

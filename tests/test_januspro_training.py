@@ -141,6 +141,10 @@ def test_shipped_configurations_fit(
     found = run_estimate([*(f"--config={file}" for file in files), f"--ranks={ranks}"])
     assert found.parameters == parameters
     assert max(found.rollout, found.update) < 75 * 2**30
+    settings = yaml.safe_load(files[0].read_text(encoding="utf-8"))["model"]["sampling"]
+    chunks, rest = divmod(found.decode_steps, settings["max_text_tokens"])
+    assert rest == 0
+    assert found.denoise_steps == chunks * 24 * 24  # a code after the other
 
 
 def test_training_is_never_guided() -> None:
