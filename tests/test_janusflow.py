@@ -18,13 +18,13 @@ from torch.nn.functional import interpolate
 
 from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.common.conversation import END, conversation
+from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.common.rotary import Rotary
 from lightning_unigrpo.adapters.janusflow import JanusFlowAdapter, JanusFlowConfig, JanusFlowNet
 from lightning_unigrpo.adapters.janusflow.config import RELEASES
 from lightning_unigrpo.adapters.janusflow.vision import (
     DROPPED,
     JanusFlowVision,
-    PictureProcessor,
 )
 from lightning_unigrpo.testing import check_adapter
 from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory
@@ -231,7 +231,9 @@ def test_what_is_not_reached(adapter: JanusFlowAdapter) -> None:
 
 def test_pictures_for_the_tower() -> None:
     """Longer side, padding with whole levels of the mean, mean and deviation: by hand."""
-    make = PictureProcessor(size=16, min_size=3, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.25))
+    make = PictureProcessor(
+        size=16, rounding="down", min_size=3, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.25)
+    )
     pixels = picture(32, 24)
     found = make(pixels)
     assert found.shape == (3, 16, 16)
@@ -439,7 +441,7 @@ def edited(folder: Path, name: str, **changes: Any) -> Path:
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     copy = write_checkpoint(tmp_path)
     for name, changes, message in (
-        ("preprocessor_config.json", {"image_size": 16}, r"image_size 16, but .* reads 32"),
+        ("preprocessor_config.json", {"image_size": 16}, r"pictures of 16 pixels, but .* reads 32"),
         ("processor_config.json", {"image_end_tag": "<none>"}, r"tokenizer lacks <none>"),
         ("vae/config.json", {"latent_channels": 16}, r"AutoencoderKL of 16 channels; .* draws 4"),
         ("vae/config.json", {"shift_factor": 0.1}, r"adapter\.vae has shift_factor 0\.1"),

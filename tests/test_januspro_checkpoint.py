@@ -16,9 +16,9 @@ from transformers import JanusForConditionalGeneration
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
 from lightning_unigrpo.adapters.common.lora import LowRank
+from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.januspro import JanusProAdapter, load_januspro
 from lightning_unigrpo.adapters.januspro.config import NAMES, RELEASES, released
-from lightning_unigrpo.adapters.januspro.images import PictureProcessor
 from lightning_unigrpo.adapters.januspro.pretrained import on_meta
 from lightning_unigrpo.adapters.januspro.tokenizer import JanusProTokenizer
 from lightning_unigrpo.testing import check_adapter

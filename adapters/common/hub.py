@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def find_folder(
     revision: str | None = None,
     example: str = "ByteDance-Seed/BAGEL-7B-MoT",
     key: str = "adapter.source",
+    files: Sequence[str] = FILES,
 ) -> Path:
     """Return the folder of a checkpoint, downloaded if ``source`` is a hub id.
 
@@ -42,6 +44,7 @@ def find_folder(
         revision: branch, tag or commit of a hub id.
         example: a hub id for the message.
         key: the setting that names ``source``, for the message.
+        files: patterns of what is downloaded.
 
     Raises:
         FileNotFoundError: when there is no such folder, repository or revision, no way to reach it, or the
@@ -64,12 +67,12 @@ def find_folder(
         folder = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=list(FILES),
+            allow_patterns=list(files),
             local_files_only=silence is not None,
         )
     except Exception as error:
         # All of them: httpx's errors are no OSErrors, hf_xet's are RuntimeErrors.
-        raise _explained(error, silence, name, revision, key) from error
+        raise _explained(error, silence, name, revision, key, files) from error
     return Path(folder)
 
 
@@ -88,7 +91,12 @@ def _silence(name: str, revision: str | None) -> Exception | None:
 
 
 def _explained(
-    error: Exception, silence: Exception | None, name: str, revision: str | None, key: str
+    error: Exception,
+    silence: Exception | None,
+    name: str,
+    revision: str | None,
+    key: str,
+    patterns: Sequence[str],
 ) -> OSError:
     """Return the error that says what to do about a failed download.
 
@@ -98,6 +106,7 @@ def _explained(
         name: hub id.
         revision: as given.
         key: the setting that holds ``name``.
+        patterns: of what was to be downloaded.
     """
     hub, given = constants.ENDPOINT, f"{key} is {name!r}"
     if isinstance(error, GatedRepoError):
@@ -129,7 +138,7 @@ def _explained(
     lacks = "there is no such folder here, it is not in the local cache"
     if isinstance(error, IncompleteSnapshotError):
         files = [file.path for file in get_cached_repo_tree(name, revision=revision)]
-        wanted = [file for file in files if any(fnmatch(file, pattern) for pattern in FILES)]
+        wanted = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
         lost = [file for file in wanted if not Path(error.snapshot_path, file).exists()]
         lacks = f"the local cache lacks {', '.join(lost)}"
     return FileNotFoundError(

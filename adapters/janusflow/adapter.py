@@ -15,11 +15,12 @@ from lightning_unigrpo.adapters.common.adapter import DecoderAdapter
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.conversation import conversation
 from lightning_unigrpo.adapters.common.lora import LowRank
+from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.janusflow.config import JanusFlowConfig
 from lightning_unigrpo.adapters.janusflow.footprint import Rows, footprint
 from lightning_unigrpo.adapters.janusflow.network import JanusFlowNet, Pack
 from lightning_unigrpo.adapters.janusflow.packing import Packer
-from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision, PictureProcessor
+from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
     Grid,
@@ -120,7 +121,7 @@ class JanusFlowAdapter(DecoderAdapter):
         # A dict, not attributes: checkpoints hold neither, and no strategy wraps them.
         self._frozen = {"vae": vae, "vision": vision}
         if pictures is None and config.vision is not None:
-            pictures = PictureProcessor(size=config.vision.image_size)
+            pictures = PictureProcessor(size=config.vision.image_size, rounding="down")
         self.pictures, self.default_size = pictures, default_size
         self.system_prompt, self.look_prompt = system_prompt, look_prompt
 

@@ -16,13 +16,14 @@ from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.common.files import DTYPES, copy_files, read_json, read_tensors
 from lightning_unigrpo.adapters.common.hub import find_folder
 from lightning_unigrpo.adapters.common.lora import merged
+from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.janusflow.adapter import VAE
 from lightning_unigrpo.adapters.janusflow.checkpoint import CONFIG, VISION, WEIGHTS, Checkpoint
 from lightning_unigrpo.adapters.janusflow.config import RELEASES, JanusFlowConfig
 from lightning_unigrpo.adapters.janusflow.network import JanusFlowNet
 from lightning_unigrpo.adapters.janusflow.tokenizer import JanusFlowTokenizer
 from lightning_unigrpo.adapters.janusflow.vae import JanusFlowVAE
-from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision, PictureProcessor
+from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision
 from lightning_unigrpo.distributed import rank, whole_state
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def open_checkpoint(
     folder = find_folder(vae, example=VAE, revision=vae_revision, key="adapter.vae")
     pictures = None
     if config.vision is not None:
-        pictures = PictureProcessor.from_upstream(checkpoint.pictures, config.vision.image_size)
+        pictures = PictureProcessor.from_upstream(
+            checkpoint.pictures, config.vision.image_size, rounding="down"
+        )
     return Source(
         checkpoint=checkpoint,
         config=config,

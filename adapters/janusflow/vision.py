@@ -8,13 +8,11 @@ Source: JanusFlow, https://arxiv.org/abs/2411.07975; SigLIP, https://arxiv.org/a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_unigrpo.adapters.janusflow.config import VisionConfig
 
@@ -22,61 +20,6 @@ LAYER_NORM_EPS = 1e-6
 """Of every norm of the tower."""
 DROPPED = "vision_und_enc_model.vision_tower.attn_pool."
 """Tensors of the file that upstream loads and never runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureProcessor:
-    """Pixels as the tower wants them; values of ``preprocessor_config.json``."""
-
-    size: int = 384
-    min_size: int = 14
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-
-    @classmethod
-    def from_upstream(cls, found: Mapping[str, Any], size: int) -> PictureProcessor:
-        """Read ``preprocessor_config.json``; what it does not say has upstream's default.
-
-        Raises:
-            ValueError: when its pictures do not fit the tower.
-        """
-        given = int(found.get("image_size", size))
-        if given != size:
-            raise ValueError(
-                f"preprocessor_config.json has image_size {given}, but the vision tower in config.json reads "
-                f"{size}; make them equal."
-            )
-        fields: dict[str, Any] = {
-            name: tuple(found[f"image_{name}"])
-            for name in ("mean", "std")
-            if found.get(f"image_{name}") is not None
-        }
-        return cls(size=size, min_size=int(found.get("min_size", cls.min_size)), **fields)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Bring the longer side to ``size``, pad to a square with the mean colour, and normalise.
-
-        Args:
-            pixels: ``[3, H, W]`` float32 in [0, 1].
-
-        Returns:
-            ``[3, size, size]`` float32.
-        """
-        longest = max(pixels.shape[1:])
-        h, w = (max(int(side / longest * self.size), self.min_size) for side in pixels.shape[1:])
-        if (h, w) != tuple(pixels.shape[1:]):
-            pixels = interpolate(
-                pixels.unsqueeze(0), (h, w), mode="bicubic", antialias=True
-            ).squeeze(0)
-            pixels = pixels.clamp(0, 1)
-        mean, std = (
-            torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (self.mean, self.std)
-        )
-        # Upstream pads with whole levels of 255.
-        colour = (mean * 255).floor() / 255
-        top, left = (self.size - h) // 2, (self.size - w) // 2
-        around = (left, self.size - w - left, top, self.size - h - top)
-        return (pad(pixels - colour, around) + colour - mean) / std
 
 
 class Attention(nn.Module):

@@ -17,9 +17,9 @@ from lightning_unigrpo.adapters.common.attention import NextWord
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.conversation import conversation
 from lightning_unigrpo.adapters.common.lora import LowRank
+from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.januspro.config import Marks
 from lightning_unigrpo.adapters.januspro.footprint import Rows, footprint
-from lightning_unigrpo.adapters.januspro.images import PictureProcessor
 from lightning_unigrpo.adapters.januspro.network import FLOW_MODULES, JanusProNet, Pack
 from lightning_unigrpo.adapters.januspro.packing import Packer
 from lightning_unigrpo.config import Sampling

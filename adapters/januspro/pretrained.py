@@ -18,6 +18,7 @@ from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.common.files import DTYPES, copy_files
 from lightning_unigrpo.adapters.common.hub import find_folder
 from lightning_unigrpo.adapters.common.lora import merged
+from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.januspro.checkpoint import (
     CONFIG,
     PICTURES,
@@ -26,7 +27,6 @@ from lightning_unigrpo.adapters.januspro.checkpoint import (
     Checkpoint,
 )
 from lightning_unigrpo.adapters.januspro.config import RELEASED_MARKS, RELEASES, Marks, released
-from lightning_unigrpo.adapters.januspro.images import PictureProcessor
 from lightning_unigrpo.adapters.januspro.network import JanusProNet, JanusVision, JanusVQ
 from lightning_unigrpo.adapters.januspro.tokenizer import JanusProTokenizer
 from lightning_unigrpo.distributed import rank, whole_state

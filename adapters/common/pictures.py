@@ -1,10 +1,10 @@
-"""Pixels as the vision tower wants them."""
+"""Pixels as the vision towers of the Janus family want them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,14 +15,27 @@ from torch.nn.functional import interpolate, pad
 class PictureProcessor:
     """Values of ``preprocessor_config.json``; defaults are those of ``transformers``."""
 
+    rounding: Literal["down", "nearest"] = "nearest"
+    """Of the shorter side: upstream rounds down, ``transformers`` to the nearest."""
     size: int = 384
     min_size: int = 14
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def from_upstream(cls, found: Mapping[str, Any], size: int) -> PictureProcessor:
+    def from_upstream(
+        cls,
+        found: Mapping[str, Any],
+        size: int,
+        *,
+        rounding: Literal["down", "nearest"] = "nearest",
+    ) -> PictureProcessor:
         """Read ``preprocessor_config.json``, of either layout.
+
+        Args:
+            found: its object.
+            size: what the tower reads.
+            rounding: of the shorter side.
 
         Raises:
             ValueError: when its pictures do not fit the tower.
@@ -38,7 +51,8 @@ class PictureProcessor:
             for name in ("mean", "std")
             if found.get(f"image_{name}") is not None
         }
-        return cls(size=size, min_size=int(found.get("min_size", cls.min_size)), **fields)
+        least = int(found.get("min_size", cls.min_size))
+        return cls(size=size, min_size=least, rounding=rounding, **fields)
 
     def to_upstream(self) -> dict[str, Any]:
         """Return the fields of ``preprocessor_config.json`` as ``transformers`` reads them."""
@@ -59,8 +73,7 @@ class PictureProcessor:
         Returns:
             ``[3, size, size]`` float32.
         """
-        scale = self.size / max(pixels.shape[1:])
-        h, w = (max(round(side * scale), self.min_size) for side in pixels.shape[1:])
+        h, w = (self._scaled(side, max(pixels.shape[1:])) for side in pixels.shape[1:])
         if (h, w) != tuple(pixels.shape[1:]):
             small = interpolate(pixels.unsqueeze(0), (h, w), mode="bicubic", antialias=True)
             pixels = small.squeeze(0).clamp(0, 1)
@@ -71,3 +84,8 @@ class PictureProcessor:
         top, left = (self.size - h) // 2, (self.size - w) // 2
         around = (left, self.size - w - left, top, self.size - h - top)
         return (pad(pixels - colour, around) + colour - mean) / std
+
+    def _scaled(self, side: int, longest: int) -> int:
+        if self.rounding == "down":
+            return max(int(side / longest * self.size), self.min_size)
+        return max(round(side * (self.size / longest)), self.min_size)
