@@ -5,9 +5,9 @@
     python -m benchmarks.families figures        # the table and the picture
 
 The task, the imperfect teacher and the reward are those of the digits model (``benchmarks/digits.py``);
-the networks are the published architectures at 0.2 to 0.3 million parameters. JanusFlow draws 8 x 8 pixels as its
-latent, Janus-Pro sixteen codes of 2 x 2 pixels. Bases are not shipped: they take four minutes and one. Every
-run trains on training tuples only and is measured on the *test* tuples; settings were chosen on the
+the networks are the published architectures at 0.2 to 0.3 million parameters. JanusFlow draws 8 x 8 pixels as
+its latent, Janus-Pro sixteen codes of 2 x 2 pixels. Bases are not shipped: they take four minutes and one.
+Every run trains on training tuples only and is measured on the *test* tuples; settings were chosen on the
 development tuples.
 """
 
