@@ -1,4 +1,4 @@
-"""How fast Bagel's rollout is: all rows together through a cache, against two slower ways.
+"""How fast a rollout is: all rows together through a cache, against two slower ways.
 
 In one process, in turn, at two sizes (random weights; speed does not depend on them):
 
@@ -12,7 +12,11 @@ Beside them stands the floor: the bytes of weights and cache that a step must re
 matrix-vector product reaches here, or its products at the speed that a large one reaches; the slower one.
 
     python benchmarks/rollout.py --repeats 3 --out benchmarks/results/rollout.json
+    python benchmarks/rollout.py --model showo2 --out benchmarks/results/rollout_showo2.json
     python benchmarks/rollout.py --device cuda --dtype bfloat16 --compiled
+
+Show-o2 runs a flow stack of half as many layers behind its decoder; compiled layers and the floor are
+Bagel's only.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +37,9 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
-from lightning_unigrpo.types import TextSegment
+from lightning_unigrpo.adapters.showo2 import ShowO2Adapter
+from lightning_unigrpo.adapters.showo2.config import FlowConfig, SemanticConfig, ShowO2Config
+from lightning_unigrpo.types import Prompt, TextSegment
 
 PROMPT_TOKENS, PROBES, STEPS = 20, 8, 3
 WAYS = ("batched", "one by one", "recomputed")
@@ -88,7 +95,9 @@ def build(size: Size, *, compiled: bool) -> BagelAdapter:
         start_of_image=2,
         end_of_image=3,
     )
-    return BagelAdapter(config, Nothing(), compile_layers=compiled).eval()
+    pixels = (8 * size.side, 8 * size.side)
+    made = BagelAdapter(config, Nothing(), compile_layers=compiled, default_size=pixels)
+    return made.eval()
 
 
 class Machine:
@@ -127,21 +136,23 @@ class Machine:
 class Rollout:
     """Fixed prompts, reasonings and noise, and the three ways to run them."""
 
+    build: Callable[..., Any] = staticmethod(build)
+
     def __init__(self, size: Size, machine: Machine, *, compiled: bool) -> None:
         self.size, self.machine, device = size, machine, machine.device
         self.device, self.timed = device, machine.timed
         torch.manual_seed(0)
-        self.eager = build(size, compiled=False).to(device, machine.dtype)
+        self.eager: Any = self.build(size, compiled=False).to(device, machine.dtype)
         self.ways = [*WAYS]
         if compiled:
             self.ways.append("compiled")
-            self.compiled = build(size, compiled=True).to(device, machine.dtype)
+            self.compiled: Any = self.build(size, compiled=True).to(device, machine.dtype)
         self.adapter = self.eager
         shape = (size.rows, PROMPT_TOKENS + size.text_tokens)
         ids = torch.randint(4, 4096, shape, device=device)
         self.prompts = [[TextSegment(tokens=row[:PROMPT_TOKENS])] for row in ids]
         self.words = ids[:, PROMPT_TOKENS:]
-        self.grid = (size.side // 2, size.side // 2)
+        self.grid = self.eager.image_grid(Prompt(text=""))
         num = self.grid[0] * self.grid[1]
         self.noise = torch.randn(
             size.rows, num, self.adapter.latent_channels, generator=torch.Generator().manual_seed(0)
@@ -260,9 +271,66 @@ class Rollout:
         return size.rows / seconds
 
 
+def build_two_stacks(size: Size, *, compiled: bool) -> ShowO2Adapter:
+    """Return a Show-o2 of a size with random weights.
+
+    Raises:
+        ValueError: when compiled layers are asked for.
+    """
+    if compiled:
+        raise ValueError("--compiled goes with --model bagel only.")
+    language = {
+        "vocab_size": 4096,
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
+        "num_key_value_heads": size.num_kv_heads,
+        "tie_word_embeddings": False,
+    }
+    flow = FlowConfig(
+        width=size.hidden_size,
+        layers=size.num_layers // 2,
+        heads=size.num_heads,
+        key_heads=size.num_kv_heads,
+        head_dim=size.hidden_size // size.num_heads,
+        mlp_width=size.intermediate_size,
+    )
+    semantic = SemanticConfig(
+        width=size.hidden_size, layers=2, heads=size.num_heads, mlp_width=size.intermediate_size
+    )
+    config = ShowO2Config(
+        language=language,
+        semantic=semantic,
+        flow=flow,
+        bos=0,
+        eos=1,
+        begin_of_image=2,
+        end_of_image=3,
+    )
+    pixels = (8 * size.side, 8 * size.side)
+    return ShowO2Adapter(config, Nothing(), default_size=pixels).eval()
+
+
+class TwoStacks(Rollout):
+    """The same of Show-o2; both stacks remember the context."""
+
+    build = staticmethod(build_two_stacks)
+
+    def reread(self, length: int) -> None:
+        """Find the next token of all rows from nothing but ids."""
+        texts = [TextSegment(tokens=words[:length]) for words in self.words]
+        contexts = [[*p, text] for p, text in zip(self.prompts, texts, strict=True)]
+        self.adapter.prefill(contexts).logits.argmax(-1)
+
+
+MODELS = {"bagel": Rollout, "showo2": TwoStacks}
+
+
 def main() -> None:
     """Measure both sizes and print rates and ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="bagel")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -275,14 +343,15 @@ def main() -> None:
     machine = Machine(device, getattr(torch, args.dtype))
     record: dict[str, object] = {}
     for size in SIZES:
-        rollout = Rollout(size, machine, compiled=args.compiled)
+        rollout = MODELS[args.model](size, machine, compiled=args.compiled)
         runs = [(rollout.text(), rollout.images()) for _ in range(args.repeats + 1)][1:]
         found = {
             part: {way: median(run[i][way] for run in runs) for way in rollout.ways}
             for i, part in enumerate(("tokens/s", "steps/s"))
         }
-        found["tokens/s"]["floor"] = rollout.text_floor()
-        found["steps/s"]["floor"] = rollout.image_floor()
+        if args.model == "bagel":
+            found["tokens/s"]["floor"] = rollout.text_floor()
+            found["steps/s"]["floor"] = rollout.image_floor()
         record[size.name] = {"size": asdict(size), **found}
         report(size, found)
     if args.out is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Footprint
-from lightning_unigrpo.adapters.common.adapter import DecoderAdapter
+from lightning_unigrpo.adapters.common.adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.conversation import conversation
 from lightning_unigrpo.adapters.common.lora import LowRank
@@ -26,7 +26,6 @@ from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
     Prompt,
-    Scores,
     Segment,
     TextSegment,
 )
@@ -49,7 +48,7 @@ class Tokenizer(Protocol):
         """Return the text of ids."""
 
 
-class JanusFlowAdapter(DecoderAdapter):
+class JanusFlowAdapter(FlowDecoderAdapter):
     """JanusFlow: reasons, draws with a flow, and looks at pictures.
 
     Layout of a context, one linear sequence: ``bos``, the conversation as words, and wherever a picture is
@@ -108,6 +107,9 @@ class JanusFlowAdapter(DecoderAdapter):
     ) -> None:
         super().__init__(
             net or JanusFlowNet(config),
+            vae=vae,
+            default_size=default_size,
+            latents_per_row=config.flow.stride,
             stop_token=config.eos,
             lora=lora,
             detach_context=detach_context,
@@ -118,11 +120,10 @@ class JanusFlowAdapter(DecoderAdapter):
         )
         self.config, self.latent_channels = config, config.flow.latent_channels
         self.tokenizer: Any = tokenizer
-        # A dict, not attributes: checkpoints hold neither, and no strategy wraps them.
-        self._frozen = {"vae": vae, "vision": vision}
+        self._frozen["vision"] = vision
         if pictures is None and config.vision is not None:
             pictures = PictureProcessor(size=config.vision.image_size, rounding="down")
-        self.pictures, self.default_size = pictures, default_size
+        self.pictures = pictures
         self.system_prompt, self.look_prompt = system_prompt, look_prompt
 
     @classmethod
@@ -188,18 +189,9 @@ class JanusFlowAdapter(DecoderAdapter):
         return self.net.language_model.model
 
     @property
-    def vae(self) -> JanusFlowVAE | None:
-        """The autoencoder."""
-        return cast("JanusFlowVAE | None", self._frozen["vae"])
-
-    @property
     def vision(self) -> JanusFlowVision | None:
         """The vision tower."""
         return cast("JanusFlowVision | None", self._frozen["vision"])
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """Return the autoencoder and the vision tower."""
-        return [module for module in self._frozen.values() if module is not None]
 
     # ---- words and pixels
 
@@ -267,39 +259,6 @@ class JanusFlowAdapter(DecoderAdapter):
             "after": self._words(after).tokens,
         }
 
-    def image_grid(self, prompt: Prompt) -> Grid:
-        """Return the latent grid of the size asked for.
-
-        Raises:
-            ValueError: when the size is not a multiple of a row's pixels.
-        """
-        height, width = prompt.size or self.default_size
-        side = self.downsample * self.config.flow.stride
-        if height % side or width % side:
-            raise ValueError(
-                f"Prompt.size {(height, width)} must be multiples of {side} pixels (one row of the decoder)."
-            )
-        return height // self.downsample, width // self.downsample
-
-    @property
-    def downsample(self) -> int:
-        """Image pixels per side of one latent."""
-        return self.vae.downsample if self.vae is not None else 8
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
-        """Turn latents ``[B, N, C]`` into pixels ``[B, 3, H, W]`` in [0, 1].
-
-        Raises:
-            TypeError: when there is no autoencoder and no subclass that decodes.
-        """
-        if self.vae is None:
-            raise TypeError(
-                f"{type(self).__name__} has no image decoder: give it a vae, or override "
-                "decode(latents, grid) -> [B, 3, H, W]."
-            )
-        return (self.vae.decode(latents, grid) / 2 + 0.5).clamp(0, 1)
-
     # ---- rows
 
     def packer(self, *, share: bool = False) -> Packer:
@@ -321,26 +280,11 @@ class JanusFlowAdapter(DecoderAdapter):
         packer.read_on(after, position + len(before) + len(rows))
         return len(before) + len(rows) + len(after)
 
-    def draw(self, packer: Packer, image: Any, position: int, steps: slice) -> None:
-        """Add the window's states, side by side at one position, each blind to the others."""
-        states, levels = image.states[:-1][steps], image.sigmas[:-1][steps]
-        packer.noisy(states, levels, image.grid, position)
-
-    def image_scores(self, scores: Scores, outputs: Tensor, packer: Packer) -> None:
-        """Enter the velocities."""
-        shapes = packer.velocity_shapes
-        parts = outputs.split([shape[:2].numel() for shape in shapes]) if shapes else ()
-        scores.velocity = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
     def noise(
         self, packer: Packer, latents: Tensor, sigmas: Tensor, grid: Grid, position: int
     ) -> None:
         """Add k images ``[k, N, C]`` at noise levels ``[k]``, side by side, to the present sample."""
         packer.noisy(latents, sigmas, grid, position)
-
-    def with_noise(self, pack: Pack, latents: Tensor, sigma: Tensor) -> Pack:
-        """Return a pack of one noise block per row with other latents ``[B, N, C]`` at levels ``[B]``."""
-        return replace(pack, latents=latents.flatten(0, 1), sigma=sigma)
 
     # ---- guidance, in evaluation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lightning_unigrpo.adapter import Footprint
-from lightning_unigrpo.adapters.common.adapter import DecoderAdapter
+from lightning_unigrpo.adapters.common.adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
 from lightning_unigrpo.adapters.showo2.cache import ShowO2Cache
@@ -22,7 +21,7 @@ from lightning_unigrpo.adapters.showo2.lora import LoRA
 from lightning_unigrpo.adapters.showo2.network import Pack, ShowO2Net
 from lightning_unigrpo.adapters.showo2.packing import Packer
 from lightning_unigrpo.config import Sampling
-from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Scores, Segment, TextSegment
+from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Segment, TextSegment
 
 if TYPE_CHECKING:
     from lightning_unigrpo.adapters.showo2.vae import ShowO2VAE
@@ -43,7 +42,7 @@ class Tokenizer(Protocol):
         """Return the text of ids."""
 
 
-class ShowO2Adapter(DecoderAdapter):
+class ShowO2Adapter(FlowDecoderAdapter):
     """Show-o2: reasons, draws with a flow, and sees images as latents.
 
     Layout of a context, one linear sequence: ``bos``, words, and wherever an image is seen ``begin of image,
@@ -102,6 +101,9 @@ class ShowO2Adapter(DecoderAdapter):
     ) -> None:
         super().__init__(
             net or ShowO2Net(config),
+            vae=vae,
+            default_size=default_size,
+            latents_per_row=config.patch_size,
             stop_token=config.eos,
             lora=lora,
             detach_context=detach_context,
@@ -112,9 +114,7 @@ class ShowO2Adapter(DecoderAdapter):
         )
         self.config, self.latent_channels = config, config.latent_channels
         self.tokenizer: Any = tokenizer
-        # A dict, not an attribute: checkpoints do not hold it, and no strategy wraps it.
-        self._frozen = {"vae": vae}
-        self.system_prompt, self.default_size = system_prompt, default_size
+        self.system_prompt = system_prompt
 
     @classmethod
     def from_pretrained(
@@ -175,15 +175,6 @@ class ShowO2Adapter(DecoderAdapter):
         """The Qwen2.5."""
         return self.net.showo.model
 
-    @property
-    def vae(self) -> ShowO2VAE | None:
-        """The autoencoder."""
-        return self._frozen["vae"]
-
-    def frozen_modules(self) -> list[nn.Module]:
-        """Return the autoencoder."""
-        return [module for module in self._frozen.values() if module is not None]
-
     # ---- words and pixels
 
     def tokenize(self, prompt: Prompt) -> list[Segment]:
@@ -231,39 +222,6 @@ class ShowO2Adapter(DecoderAdapter):
         latent = self.vae.encode(2 * pixels.unsqueeze(0) - 1)[0]
         return ImageSegment(latent=latent, grid=grid, is_context=True)
 
-    def image_grid(self, prompt: Prompt) -> Grid:
-        """Return the latent grid of the size asked for.
-
-        Raises:
-            ValueError: when the size is not a multiple of a row's pixels.
-        """
-        height, width = prompt.size or self.default_size
-        side = self.downsample * self.config.patch_size
-        if height % side or width % side:
-            raise ValueError(
-                f"Prompt.size {(height, width)} must be multiples of {side} pixels (one row of an image)."
-            )
-        return height // self.downsample, width // self.downsample
-
-    @property
-    def downsample(self) -> int:
-        """Image pixels per side of one latent."""
-        return self.vae.downsample if self.vae is not None else 8
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
-        """Turn latents ``[B, N, C]`` into pixels ``[B, 3, H, W]`` in [0, 1].
-
-        Raises:
-            TypeError: when there is no autoencoder and no subclass that decodes.
-        """
-        if self.vae is None:
-            raise TypeError(
-                f"{type(self).__name__} has no image decoder: give it a vae, or override "
-                "decode(latents, grid) -> [B, 3, H, W]."
-            )
-        return (self.vae.decode(latents, grid) / 2 + 0.5).clamp(0, 1)
-
     # ---- rows
 
     def packer(self, *, share: bool = False) -> Packer:
@@ -279,26 +237,11 @@ class ShowO2Adapter(DecoderAdapter):
         packer.picture(image, image.latent, image.grid, packer.open(position))
         return 1 + self.config.num_rows(image.grid)
 
-    def draw(self, packer: Packer, image: Any, position: int, steps: slice) -> None:
-        """Add the window's states, side by side behind one mark, each blind to the others."""
-        states, levels = image.states[:-1][steps], image.sigmas[:-1][steps]
-        self.noise(packer, states, levels, image.grid, position)
-
     def noise(
         self, packer: Packer, latents: Tensor, sigmas: Tensor, grid: Grid, position: int
     ) -> None:
         """Add k images ``[k, N, C]`` at noise levels ``[k]``, side by side, to the present sample."""
         packer.noisy(latents, sigmas, grid, packer.open(position))
-
-    def with_noise(self, pack: Pack, latents: Tensor, sigma: Tensor) -> Pack:
-        """Return a pack of one noise block per row with other latents ``[B, N, C]`` at levels ``[B]``."""
-        return replace(pack, latents=latents.flatten(0, 1), sigma=sigma)
-
-    def image_scores(self, scores: Scores, outputs: Tensor, packer: Packer) -> None:
-        """Enter the velocities."""
-        shapes = packer.velocity_shapes
-        parts = outputs.split([shape[:2].numel() for shape in shapes]) if shapes else ()
-        scores.velocity = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _pack(self, packer: Packer, segment: Segment, position: int, steps: slice) -> int:
         packer.go_on()
