@@ -1,6 +1,6 @@
-"""Do the other backbones learn? A tiny JanusFlow and a tiny Janus-Pro on the arithmetic of the digits model.
+"""Do the other backbones learn? Tiny Janus and Show-o2 models on the arithmetic of the digits model.
 
-    python -m benchmarks.families base           # two base models, made from scratch by a seeded teacher
+    python -m benchmarks.families base           # base models, made from scratch by a seeded teacher
     python -m benchmarks.families ablation       # joint, text only, image only; 3 seeds each
     python -m benchmarks.families figures        # the table and the picture
 
@@ -34,7 +34,7 @@ from lightning_unigrpo.adapters.digits.evaluate import evaluate
 from lightning_unigrpo.adapters.digits.pretrain import teach
 from lightning_unigrpo.adapters.digits.task import prompts
 from lightning_unigrpo.module import UniGRPOModule
-from tests.families import CodeDigits, FlowDigits
+from tests.families import CodeDigits, FlowDigits, TwoStackDigits
 
 RESULTS = Path(__file__).parent / "results" / "families"
 
@@ -48,7 +48,11 @@ class Family:
     """Of the teacher: until a third of the questions is answered."""
 
 
-FAMILIES = {"janusflow": Family(FlowDigits, 1500), "januspro": Family(CodeDigits, 1000)}
+FAMILIES = {
+    "janusflow": Family(FlowDigits, 1500),
+    "januspro": Family(CodeDigits, 1000),
+    "showo2": Family(TwoStackDigits, 1200),
+}
 ARMS: dict[str, dict[str, float]] = {
     "joint": {},
     "text_only": {"flow_weight": 0.0, "mse_weight": 0.0, "image_token_kl_weight": 0.0},
@@ -155,9 +159,10 @@ def keep(name: str, result: dict[str, Any]) -> None:
 
 
 def base(options: argparse.Namespace) -> None:
-    """Make the base models."""
+    """Make the base models; what is already there is not made again."""
     with pool(options) as workers:
-        jobs = {f: workers.submit(make_base, f) for f in FAMILIES}
+        lacking = [family for family in FAMILIES if not base_file(family).exists()]
+        jobs = {family: workers.submit(make_base, family) for family in lacking}
         for family, job in jobs.items():
             keep(f"{family}_base", job.result())
 

@@ -1,4 +1,4 @@
-"""Janus at the size of the digits model, for tests and for ``benchmarks/families.py``.
+"""Other backbones at the size of the digits model, for tests and for ``benchmarks/families.py``.
 
 Published architectures with the words and pictures of :mod:`lightning_unigrpo.adapters.digits`: no template,
 no tower, and a decoder of images that needs no training.
@@ -19,6 +19,9 @@ from lightning_unigrpo.adapters.janusflow import JanusFlowAdapter
 from lightning_unigrpo.adapters.janusflow.config import FlowConfig, JanusFlowConfig
 from lightning_unigrpo.adapters.januspro import JanusProAdapter
 from lightning_unigrpo.adapters.januspro.config import Marks
+from lightning_unigrpo.adapters.showo2 import ShowO2Adapter
+from lightning_unigrpo.adapters.showo2.config import FlowConfig as TwoStackFlow
+from lightning_unigrpo.adapters.showo2.config import SemanticConfig, ShowO2Config
 from lightning_unigrpo.types import Grid, Prompt, Segment, TextSegment
 
 WIDTH, CODES, CELL = 64, 32, 2
@@ -70,6 +73,42 @@ class FlowDigits(JanusFlowAdapter):
             flow=flow,
             bos=tokenizer.bos,
             eos=tokenizer.eos,
+            end_of_image=tokenizer.end_of_image,
+        )
+        super().__init__(config, tokenizer)
+
+    def tokenize(self, prompt: Prompt) -> list[Segment]:
+        return question(self, prompt)
+
+    def image_grid(self, prompt: Prompt) -> Grid:
+        return SIDE, SIDE
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return latents ``[n, 64, 1]`` of ``[n, 8, 8]`` pixels."""
+        return pixels.flatten(1).unsqueeze(2)
+
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        return rgb(latents.squeeze(2).unflatten(1, grid))
+
+
+class TwoStackDigits(ShowO2Adapter):
+    """Show-o2 whose latents are the 64 pixels of a digit, in sixteen rows of both stacks."""
+
+    tokenizer: WordTokenizer
+
+    def __init__(self) -> None:
+        tokenizer = WordTokenizer()
+        config = ShowO2Config(
+            language=LLAMA | {"num_hidden_layers": 2, "tie_word_embeddings": False},
+            semantic=SemanticConfig(width=32, layers=1, heads=2, mlp_width=64, side=4),
+            flow=TwoStackFlow(
+                width=WIDTH, layers=2, heads=4, key_heads=4, head_dim=16, mlp_width=128
+            ),
+            latent_channels=1,
+            patch_size=CELL,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            begin_of_image=tokenizer.start_of_image,
             end_of_image=tokenizer.end_of_image,
         )
         super().__init__(config, tokenizer)

@@ -1,4 +1,4 @@
-"""Tiny Janus models on the digits task: contract, and what ``benchmarks/families.py`` found."""
+"""Tiny Janus and Show-o2 models on the digits task: contract, and what ``benchmarks/families.py`` found."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_unigrpo import Prompt
 from lightning_unigrpo.adapters.digits import DigitReward
 from lightning_unigrpo.adapters.digits.images import load_digits
 from lightning_unigrpo.testing import check_adapter
-from tests.families import CodeDigits, FlowDigits, codebook
+from tests.families import CodeDigits, FlowDigits, TwoStackDigits, codebook
 
-BUILDS = {"janusflow": FlowDigits, "januspro": CodeDigits}
+BUILDS = {"janusflow": FlowDigits, "januspro": CodeDigits, "showo2": TwoStackDigits}
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 
