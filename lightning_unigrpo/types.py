@@ -113,7 +113,7 @@ class TokenImageSegment:
     log_prob: Tensor | None = None
     """``[N]`` float32, nats; ``None`` = given."""
     ref_log_prob: Tensor | None = None
-    """``[N]`` float32, the same codes under the reference policy; only when a text KL is on."""
+    """``[N]`` float32, the same codes under the reference policy; only when a KL is on."""
     temperature: float = 1.0
     """Softmax temperature of the draws."""
     advantage: float = 0.0

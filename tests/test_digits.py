@@ -282,8 +282,10 @@ def test_settings_that_no_shape_shows_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_without_settings_is_taken_at_its_shapes(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
-    save_file({k: v.clone() for k, v in DigitsAdapter("base").net.state_dict().items()}, path)
-    DigitsAdapter(path)
+    base = DigitsAdapter("base").net.state_dict()
+    save_file({k: v.clone() for k, v in base.items()}, path)
+    found = DigitsAdapter(path).net.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in base.items())
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all" * 9])

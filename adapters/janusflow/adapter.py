@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Footprint
-from lightning_unigrpo.adapters.common.adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.conversation import conversation
+from lightning_unigrpo.adapters.common.flow_adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.lora import LowRank
 from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.janusflow.config import JanusFlowConfig
@@ -27,7 +27,6 @@ from lightning_unigrpo.types import (
     ImageSegment,
     Prompt,
     Segment,
-    TextSegment,
 )
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ class JanusFlowAdapter(FlowDecoderAdapter):
             share_prefixes=share_prefixes,
         )
         self.config, self.latent_channels = config, config.flow.latent_channels
-        self.tokenizer: Any = tokenizer
+        self.tokenizer = tokenizer
         self._frozen["vision"] = vision
         if pictures is None and config.vision is not None:
             pictures = PictureProcessor(size=config.vision.image_size, rounding="down")
@@ -202,18 +201,10 @@ class JanusFlowAdapter(FlowDecoderAdapter):
             [("User", request), ("Assistant", None)], system=self.system_prompt or ""
         )
         first, *rest = text.split(PICTURE)
-        segments: list[Segment] = [self._words([self.config.bos, *self.tokenizer.encode(first)])]
+        segments: list[Segment] = [self.given([self.config.bos, *self.tokenizer.encode(first)])]
         for pixels, words in zip(prompt.images, rest, strict=True):
-            segments += [self.read(pixels), self._words(self.tokenizer.encode(words))]
+            segments += [self.read(pixels), self.given(self.tokenizer.encode(words))]
         return segments
-
-    def _words(self, ids: Sequence[int]) -> TextSegment:
-        return TextSegment(tokens=torch.tensor(ids, dtype=torch.long, device=self.device))
-
-    def detokenize(self, tokens: Tensor) -> str:
-        """Return the words of ``[L]`` ids without the stop token."""
-        ids = tokens.tolist()
-        return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.stop_token] else ids))
 
     def read(self, pixels: Tensor) -> ImageSegment:
         """Return an input image as later segments see it.
@@ -254,9 +245,9 @@ class JanusFlowAdapter(FlowDecoderAdapter):
                 "or leave out input images and end model.sampling.plan with its only image."
             )
         return {
-            "before": self._words(before).tokens,
+            "before": self.given(before).tokens,
             "rows": self.vision(self.pictures(pixels).unsqueeze(0))[0],
-            "after": self._words(after).tokens,
+            "after": self.given(after).tokens,
         }
 
     # ---- rows
@@ -294,7 +285,7 @@ class JanusFlowAdapter(FlowDecoderAdapter):
         ``v_u + scale (v - v_u)``, which is upstream's ``w v - (w - 1) v_u``. The gap matters: the image's
         place moves with the length of the request.
         """
-        cache = self.prefill([[self._words([self.config.bos])]] * len(contexts))
+        cache = self.prefill([[self.given([self.config.bos])]] * len(contexts))
         cache.positions = self._rows([self._length(context) for context in contexts])
         return cache
 

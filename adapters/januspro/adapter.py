@@ -127,7 +127,7 @@ class JanusProAdapter(DecoderAdapter):
             )
         self.config: Any = config
         size: int = cast(Any, config.vision_config).image_size
-        self.tokenizer: Any = tokenizer
+        self.tokenizer = tokenizer
         self.marks = marks
         # A dict, not attributes: checkpoints hold neither, and no strategy wraps them.
         self._frozen = {"vq": vq, "vision": vision}
@@ -209,18 +209,10 @@ class JanusProAdapter(DecoderAdapter):
         turns = [(USER, f"{PICTURE}\n" * len(prompt.images) + words), (ASSISTANT, None)]
         text = conversation(turns, system=self.system_prompt or "")
         first, *rest = text.split(PICTURE)
-        segments: list[Segment] = [self._words([self.marks.bos, *self.tokenizer.encode(first)])]
+        segments: list[Segment] = [self.given([self.marks.bos, *self.tokenizer.encode(first)])]
         for pixels, between in zip(prompt.images, rest, strict=True):
-            segments += [self.read(pixels), self._words(self.tokenizer.encode(between))]
+            segments += [self.read(pixels), self.given(self.tokenizer.encode(between))]
         return segments
-
-    def _words(self, ids: Sequence[int]) -> TextSegment:
-        return TextSegment(tokens=self._rows(ids))
-
-    def detokenize(self, tokens: Tensor) -> str:
-        """Return the words of ``[L]`` ids without the stop token."""
-        ids = tokens.tolist()
-        return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.stop_token] else ids))
 
     def read(self, pixels: Tensor) -> ImageSegment:
         """Return an input image as later segments see it.
@@ -375,7 +367,7 @@ class JanusProAdapter(DecoderAdapter):
     def guidance(self, contexts: Sequence[Sequence[Segment]]) -> DecoderCache:
         """Return contexts in which pad stands for each id but ``bos`` and ``begin``, as long as these are."""
         # The stop token behind them is not read.
-        return self.prefill([[self._words([*self._masked(c), self.stop_token])] for c in contexts])
+        return self.prefill([[self.given([*self._masked(c), self.stop_token])] for c in contexts])
 
     def _masked(self, context: Sequence[Segment]) -> list[int]:
         ids: list[int] = []

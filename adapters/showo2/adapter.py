@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lightning_unigrpo.adapter import Footprint
-from lightning_unigrpo.adapters.common.adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
+from lightning_unigrpo.adapters.common.flow_adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.showo2.cache import ShowO2Cache
 from lightning_unigrpo.adapters.showo2.config import ShowO2Config
 from lightning_unigrpo.adapters.showo2.footprint import Rows, footprint
@@ -21,7 +21,7 @@ from lightning_unigrpo.adapters.showo2.lora import LoRA
 from lightning_unigrpo.adapters.showo2.network import Pack, ShowO2Net
 from lightning_unigrpo.adapters.showo2.packing import Packer
 from lightning_unigrpo.config import Sampling
-from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Segment, TextSegment
+from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Segment
 
 if TYPE_CHECKING:
     from lightning_unigrpo.adapters.showo2.vae import ShowO2VAE
@@ -113,7 +113,7 @@ class ShowO2Adapter(FlowDecoderAdapter):
             share_prefixes=share_prefixes,
         )
         self.config, self.latent_channels = config, config.latent_channels
-        self.tokenizer: Any = tokenizer
+        self.tokenizer = tokenizer
         self.system_prompt = system_prompt
 
     @classmethod
@@ -181,9 +181,9 @@ class ShowO2Adapter(FlowDecoderAdapter):
         """Return the request behind ``bos``, input images before it; a conversation with a system prompt."""
         text = PICTURE * len(prompt.images) + prompt.text.replace(PICTURE, "")
         first, *rest = self._conversation(text).split(PICTURE)
-        segments: list[Segment] = [self._words([self.config.bos, *self.tokenizer.encode(first)])]
+        segments: list[Segment] = [self.given([self.config.bos, *self.tokenizer.encode(first)])]
         for pixels, words in zip(prompt.images, rest, strict=True):
-            segments += [self.read(pixels), self._words(self.tokenizer.encode(words))]
+            segments += [self.read(pixels), self.given(self.tokenizer.encode(words))]
         return segments
 
     def _conversation(self, request: str) -> str:
@@ -191,14 +191,6 @@ class ShowO2Adapter(FlowDecoderAdapter):
         if self.system_prompt is None:
             return request
         return f"system\n{self.system_prompt}{END}\n{TURN}user\n{request}{END}\n{TURN}assistant\n"
-
-    def _words(self, ids: Sequence[int]) -> TextSegment:
-        return TextSegment(tokens=torch.tensor(ids, dtype=torch.long, device=self.device))
-
-    def detokenize(self, tokens: Tensor) -> str:
-        """Return the words of ``[L]`` ids without the stop token."""
-        ids = tokens.tolist()
-        return str(self.tokenizer.decode(ids[:-1] if ids[-1:] == [self.stop_token] else ids))
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> ImageSegment:
@@ -284,7 +276,7 @@ class ShowO2Adapter(FlowDecoderAdapter):
 
     def guidance(self, contexts: Sequence[Sequence[Segment]]) -> DecoderCache:
         """Return contexts of ``bos`` alone: upstream's empty request, its image right behind it."""
-        return self.prefill([[self._words([self.config.bos])]] * len(contexts))
+        return self.prefill([[self.given([self.config.bos])]] * len(contexts))
 
     # ---- strategies, optimizers, memory
 
