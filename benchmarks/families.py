@@ -34,7 +34,7 @@ from lightning_unigrpo.adapters.digits.evaluate import evaluate
 from lightning_unigrpo.adapters.digits.pretrain import teach
 from lightning_unigrpo.adapters.digits.task import prompts
 from lightning_unigrpo.module import UniGRPOModule
-from tests.families import CodeDigits, FlowDigits, TwoStackDigits
+from tests.families import CodeDigits, FlowDigits, MaskedDigits, TwoStackDigits
 
 RESULTS = Path(__file__).parent / "results" / "families"
 
@@ -52,6 +52,7 @@ FAMILIES = {
     "janusflow": Family(FlowDigits, 1500),
     "januspro": Family(CodeDigits, 1000),
     "showo2": Family(TwoStackDigits, 1200),
+    "showo": Family(MaskedDigits, 1500),
 }
 ARMS: dict[str, dict[str, float]] = {
     "joint": {},
@@ -65,9 +66,15 @@ SEEDS = 3
 def settings_of(adapter: Any) -> dict[str, Any]:
     """Return what a family is trained with."""
     common = {"group_size": 8, "max_text_tokens": 12}
-    if adapter.image_policy == "tokens":
+    if adapter.image_policy != "flow":
+        masked = {
+            "num_timesteps": 10,
+            "schedule": "steps",
+            "window_size": 5,
+            "window_range": (0, 10),
+        }
         return {
-            "sampling": Sampling(**common),
+            "sampling": Sampling(**common, **(masked if adapter.image_policy == "masked" else {})),
             "objective": Objective(mse_weight=0.0, image_token_kl_weight=0.01),
             "optim": Optim(text_lr=3e-4, flow_lr=3e-4, ppo_epochs=1),
         }

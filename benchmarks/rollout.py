@@ -8,11 +8,12 @@ In one process, in turn, at two sizes (random weights; speed does not depend on 
 * ``compiled``: ``batched`` with compiled layers, where ``--compiled`` asks for it (minutes of compiling).
 
 Recomputed text is measured at evenly spread lengths and averaged: 300 tokens of it would take minutes.
-Beside them stands the floor: the bytes of weights and cache that a step must read at the bandwidth that a
-matrix-vector product reaches here, or its products at the speed that a large one reaches; the slower one.
+A whole rollout is its text and 24 denoising steps at these rates. Beside them stands the floor: the bytes
+of weights and cache that a step must read at the bandwidth that a matrix-vector product reaches here, or its
+products at the speed that a large one reaches; the slower one.
 
     python benchmarks/rollout.py --repeats 3 --out benchmarks/results/rollout.json
-    python benchmarks/rollout.py --model showo2 --out benchmarks/results/rollout_showo2.json
+    python benchmarks/rollout.py --model showo2 --text-tokens 200 --out benchmarks/results/rollout_showo2.json
     python benchmarks/rollout.py --device cuda --dtype bfloat16 --compiled
 
 Show-o2 runs a flow stack of half as many layers behind its decoder; compiled layers and the floor are
@@ -26,7 +27,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +42,7 @@ from lightning_unigrpo.adapters.showo2 import ShowO2Adapter
 from lightning_unigrpo.adapters.showo2.config import FlowConfig, SemanticConfig, ShowO2Config
 from lightning_unigrpo.types import Prompt, TextSegment
 
-PROMPT_TOKENS, PROBES, STEPS = 20, 8, 3
+PROMPT_TOKENS, PROBES, STEPS, WHOLE = 20, 8, 3, 24
 WAYS = ("batched", "one by one", "recomputed")
 MARKS = 2
 
@@ -332,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="bagel")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--text-tokens", type=int, help="of the mid size, 300 by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compiled", action="store_true")
@@ -342,7 +344,8 @@ def main() -> None:
         torch.set_num_threads(1)
     machine = Machine(device, getattr(torch, args.dtype))
     record: dict[str, object] = {}
-    for size in SIZES:
+    tiny, mid = SIZES
+    for size in (tiny, replace(mid, text_tokens=args.text_tokens or mid.text_tokens)):
         rollout = MODELS[args.model](size, machine, compiled=args.compiled)
         runs = [(rollout.text(), rollout.images()) for _ in range(args.repeats + 1)][1:]
         found = {
@@ -352,6 +355,9 @@ def main() -> None:
         if args.model == "bagel":
             found["tokens/s"]["floor"] = rollout.text_floor()
             found["steps/s"]["floor"] = rollout.image_floor()
+        words, steps = found.values()
+        seconds = {way: size.text_tokens / words[way] + WHOLE / steps[way] for way in words}
+        found["rollouts/s"] = {way: 1 / value for way, value in seconds.items()}
         record[size.name] = {"size": asdict(size), **found}
         report(size, found)
     if args.out is not None:
@@ -384,7 +390,7 @@ def report(size: Size, found: dict[str, dict[str, float]]) -> None:
         table.add_column(column, justify="right")
     for part, rates in found.items():
         ratios = [f"{rates['batched'] / rates[way]:.2f}" for way in ways[1:]]
-        table.add_row(part, *(f"{rates[way]:.1f}" for way in ways), *ratios)
+        table.add_row(part, *(f"{rates[way]:.4g}" for way in ways), *ratios)
     Console(width=140).print(table)
 
 

@@ -1,6 +1,6 @@
 """UniGRPO for existing unified models, as a PyTorch Lightning plugin."""
 
-from lightning_unigrpo.adapter import Adapter, Cache, ImageLogits, token_log_probs
+from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
 from lightning_unigrpo.callbacks import (
     IterationCheckpoint,
     PredictionWriter,
@@ -32,7 +32,6 @@ __all__ = [
     "Adapter",
     "Cache",
     "Guard",
-    "ImageLogits",
     "ImageSegment",
     "IterationCheckpoint",
     "Objective",

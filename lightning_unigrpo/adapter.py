@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from lightning_unigrpo.types import (
     Trajectory,
 )
 
+ImagePolicy: TypeAlias = Literal["flow", "tokens", "masked"]
 C = TypeVar("C", bound="Cache")
 
 
@@ -50,17 +51,6 @@ class Cache(ABC):
         """Return a new cache in which row b stands ``counts[b]`` times, in order."""
         repeats = torch.as_tensor(counts)
         return self.select(torch.arange(len(self)).repeat_interleave(repeats))
-
-
-class ImageLogits(NamedTuple):
-    """One sampling step of a discrete image."""
-
-    logits: Tensor
-    """``[B, M, V]`` for M positions that may be filled now."""
-    positions: Tensor
-    """``[B, M]`` int64, which of the N positions they are."""
-    num_revealed: int
-    """How many of the M are kept, the most confident first (autoregressive: M = 1 of 1)."""
 
 
 class Footprint(NamedTuple):
@@ -95,8 +85,9 @@ class Adapter(nn.Module, ABC):
     """Id that ends a sampled text; it is itself an action."""
     latent_channels: int = 0
     """C of the latent tokens (continuous images)."""
-    image_policy: ClassVar[Literal["flow", "tokens"]] = "flow"
-    """Whether images are continuous latents or discrete codes."""
+    image_policy: ClassVar[ImagePolicy] = "flow"
+    """How images are drawn: continuous latents by a flow, or discrete codes, one after the other
+    (``tokens``) or several at a step, each seen by the rest from then on (``masked``)."""
 
     # ---- from the user's request to given segments, and back to words and pixels
 
@@ -163,20 +154,51 @@ class Adapter(nn.Module, ABC):
         Returns:
             ``[B, N, C]`` float32.
         """
-        raise TypeError(
-            f"{type(self).__name__} does not draw with a flow: image_policy is 'tokens'."
-        )
+        raise self._draws_otherwise("velocity")
 
-    def next_image_logits(self, cache: Cache, tokens: Tensor, step: int, grid: Grid) -> ImageLogits:
-        """Return the logits of one sampling step of a discrete image.
+    def next_image_logits(self, cache: Cache, tokens: Tensor, step: int, grid: Grid) -> Tensor:
+        """Return the logits of the next code of images that are drawn one code after the other.
 
         Args:
             cache: of B rows; it may remember the image in progress, begun at step 0.
-            tokens: ``[B, N]`` int64 codes, -1 where not yet revealed.
-            step: index of this sampling step, from 0 (which begins the image anew) until no code is -1.
+            tokens: ``[B, N]`` int64 codes, those from ``step`` on still unknown (-1).
+            step: number of the code, from 0 (which begins the image anew).
             grid: ``(h, w)``, the same for all rows.
+
+        Returns:
+            ``[B, V]`` logits of code ``step``, untempered.
         """
-        raise TypeError(f"{type(self).__name__} does not draw with tokens: image_policy is 'flow'.")
+        raise self._draws_otherwise("next_image_logits")
+
+    def masked_logits(self, cache: Cache, tokens: Tensor, where: Tensor, grid: Grid) -> Tensor:
+        """Return the logits of codes of images of which some are masked; the cache stays as it was.
+
+        Args:
+            cache: of B rows.
+            tokens: ``[B, N]`` int64 codes, -1 where masked.
+            where: ``[B, N]`` bool, the n codes that are asked for; any, none in some rows.
+            grid: ``(h, w)``, the same for all rows.
+
+        Returns:
+            ``[n, V]`` logits, row by row, untempered.
+        """
+        raise self._draws_otherwise("masked_logits")
+
+    def _draws_otherwise(self, method: str) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} has no {method}: its image_policy is {self.image_policy!r}."
+        )
+
+    def image_prefix(self, cache: Cache) -> Sequence[Tensor] | None:
+        """Return the words ``[P]`` that each row's next image is drawn behind; None = its context itself.
+
+        For layouts in which text and image are no one sequence. The rollout records them in the image's
+        segment, and :meth:`forward` scores the image behind those that are recorded.
+
+        Raises:
+            ValueError: when they do not fit the layout: nothing is cut off.
+        """
+        return None
 
     def guidance(self, contexts: Sequence[Sequence[Segment]]) -> Any | None:
         """Return what guided *evaluation* compares these contexts with; None = not offered.
@@ -221,20 +243,44 @@ class Adapter(nn.Module, ABC):
         grid: Grid,
         *,
         scale: float,
-    ) -> ImageLogits:
-        """Return ``u + scale * (c - u)`` of the logits of a discrete image; see :meth:`next_image_logits`.
+    ) -> Tensor:
+        """Return ``u + scale * (c - u)`` of the logits of the next code; see :meth:`next_image_logits`.
 
         Args:
             cache: of B rows.
             unconditional: from :meth:`guidance` of the same rows.
             tokens: ``[B, N]`` int64 codes.
-            step: index of this sampling step.
+            step: number of the code.
             grid: ``(h, w)``.
             scale: of the guidance; 1 = none.
         """
         found = self.next_image_logits(cache, tokens, step, grid)
-        base = self.next_image_logits(unconditional, tokens, step, grid).logits
-        return found._replace(logits=base + scale * (found.logits - base))
+        base = self.next_image_logits(unconditional, tokens, step, grid)
+        return base + scale * (found - base)
+
+    def guided_masked_logits(
+        self,
+        cache: Cache,
+        unconditional: Any,
+        tokens: Tensor,
+        where: Tensor,
+        grid: Grid,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Return ``u + scale * (c - u)`` of the logits of masked codes; see :meth:`masked_logits`.
+
+        Args:
+            cache: of B rows.
+            unconditional: from :meth:`guidance` of the same rows.
+            tokens: ``[B, N]`` int64 codes.
+            where: ``[B, N]`` bool.
+            grid: ``(h, w)``.
+            scale: of the guidance; 1 = none.
+        """
+        found = self.masked_logits(cache, tokens, where, grid)
+        base = self.masked_logits(unconditional, tokens, where, grid)
+        return base + scale * (found - base)
 
     # ---- learning: the only differentiable path
 
@@ -242,15 +288,16 @@ class Adapter(nn.Module, ABC):
     def forward(self, trajectories: Sequence[Trajectory], steps: slice = slice(None)) -> Scores:
         """Score the sampled segments of whole trajectories in one packed, teacher-forced pass.
 
-        The K noisy states of one image sit side by side: each sees the context before it and itself
-        only. Runs with and without gradients.
+        The K noisy (or partly masked) states of one image sit side by side: each sees the context before
+        it and itself only. Runs with and without gradients.
 
         An adapter that can recompute activations in the backward pass says so by a bool attribute
         ``gradient_checkpointing`` (its own, or ``net``'s); it must not change a number.
 
         Args:
             trajectories: any number, ragged, with any interleaving of segments.
-            steps: which of the K window steps to score (a slice of ``range(K)``).
+            steps: which of the K window steps to score (a slice of ``range(K)``); images that are drawn
+                code after code have none, and are scored whole.
         """
 
     def footprint(
@@ -283,12 +330,22 @@ class Adapter(nn.Module, ABC):
     def image_calls(self, sampling: Sampling) -> int:
         """Return how often ``net`` is called to draw one image, for ``unigrpo estimate``.
 
-        By default once for each noise level, or for each code.
+        By default once for each noise level or unmasking step, or for each code.
         """
-        if self.image_policy == "flow":
+        if self.image_policy != "tokens":
             return num_steps(sampling.num_timesteps, sampling.schedule)
         h, w = self.image_grid(Prompt(text=""))
         return h * w
+
+    def require_room(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raise when rollouts of a prompt may not fit the backbone's layout, texts at their longest.
+
+        Asked for every prompt of a data set before anything is drawn; nothing is refused by default.
+
+        Raises:
+            ValueError: saying how long it may be, and which setting to change.
+        """
+        return
 
     # ---- what strategies and optimizers need to know
 

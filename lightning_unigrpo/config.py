@@ -58,13 +58,20 @@ class Sampling:
     eta: float = 0.8
     """Noise level of the stochastic step (paper: 0.8); at most 1 with ``cps``."""
     window_size: int = 3
-    """SDE steps per image (paper: 3)."""
+    """SDE steps per image (paper: 3); of a masked image the unmasking steps that are trained."""
     window_range: tuple[int, int] = (0, 5)
     """Half-open range of steps that holds the window (paper: [0, 5])."""
     window_mode: Literal["random", "fixed", "sliding"] = "random"
     """Where the window lies inside the range, the same for a whole group (paper: not stated)."""
+    reveal: Literal["independent", "confident"] = "independent"
+    """Which codes of a masked image a step reveals (not in the paper): each by its own chance, so that
+    log-probabilities are exact; or the likeliest ones, whose choice is a factor that no ratio counts."""
+    reveal_temperature: float = 1.0
+    """Gumbel noise in the choice of the likeliest, nats, annealed to 0 (Show-o: 1)."""
     eval_num_timesteps: int = 50
     """Time points of evaluation, always ODE (paper: 50)."""
+    eval_reveal: Literal["independent", "confident"] = "confident"
+    """Which codes of a masked image a step of evaluation reveals (Show-o: the likeliest)."""
     eval_temperature: float = 0.0
     """Temperature of evaluation text; 0 = greedy."""
     eval_top_k: int | None = None
@@ -118,6 +125,10 @@ class Sampling:
                 f"sampling.{name} is {getattr(self, name)}, which leaves no step with "
                 f"sampling.schedule '{self.schedule}'; raise sampling.{name}.",
             )
+        _require(
+            self.reveal_temperature >= 0,
+            f"sampling.reveal_temperature is {self.reveal_temperature}; it must not be negative.",
+        )
         _require(
             self.eval_top_k is None or self.eval_top_k >= 1,
             f"sampling.eval_top_k is {self.eval_top_k}; give 1 or more, or leave it out.",
@@ -267,12 +278,21 @@ class Objective:
         """Whether the text regulariser compares with the reference policy."""
         return self.text_kl_weight > 0
 
-    def needs_reference(self, image_policy: Literal["flow", "tokens"]) -> bool:
+    def needs_image_reference(self, image_policy: str) -> bool:
+        """Whether a regulariser compares images with the reference policy, for images of a kind."""
+        if image_policy == "flow":
+            return self.needs_ref_velocity
+        return self.image_token_kl_weight > 0
+
+    def needs_reference(self, image_policy: str) -> bool:
         """Whether any term compares with the reference policy, for images of a kind."""
-        images = (
-            self.needs_ref_velocity if image_policy == "flow" else self.image_token_kl_weight > 0
-        )
-        return images or self.needs_ref_log_prob
+        return self.needs_image_reference(image_policy) or self.needs_ref_log_prob
+
+    def image_weight(self, image_policy: str) -> float:
+        """Return the weight of the surrogate of images of a kind."""
+        if image_policy == "flow" or self.image_token_weight is None:
+            return self.flow_weight
+        return self.image_token_weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,6 +278,7 @@ class PromptDataModule(LightningDataModule):
         self.prompts_per_iteration, self.eval_batch_size = prompts_per_iteration, eval_batch_size
         self.seed = seed
         self._prompts: dict[str, Sequence[Prompt]] = {}
+        self._fitting: set[str] = set()
         # Read now: a missing or empty file should not wait for the weights to load.
         files: dict[Split, str | None] = {"train": train, "val": val, "test": test}
         for split, path in files.items():
@@ -329,7 +330,7 @@ class PromptDataModule(LightningDataModule):
         """Return the prompts of a split, from the user or from the adapter.
 
         Raises:
-            ValueError: when neither has any.
+            ValueError: when neither has any, or when one is too long for the adapter.
         """
         if split not in self._prompts:
             defaults = self._defaults() if split != "predict" else None
@@ -343,7 +344,22 @@ class PromptDataModule(LightningDataModule):
                     )
                 )
             self._prompts[split] = getattr(defaults, split)
+        self._require_room(split)
         return self._prompts[split]
+
+    def _require_room(self, split: str) -> None:
+        """Ask the backbone, once, whether all prompts of a split fit its layout.
+
+        Raises:
+            ValueError: when one does not.
+        """
+        if self.trainer is None or split in self._fitting:
+            return
+        module: Any = self.trainer.lightning_module
+        adapter: Any = getattr(module, "adapter", None)  # another module may use these prompts
+        for prompt in self._prompts[split] if adapter is not None else ():
+            adapter.require_room(prompt, module.sampling)
+        self._fitting.add(split)
 
     @override
     def train_dataloader(self) -> PromptLoader:

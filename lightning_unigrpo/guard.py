@@ -65,7 +65,8 @@ class Mismatch:
         segments = [s for _, s in sampled(trajectories)]
         for kind, new in ((TextSegment, scores.text), (TokenImageSegment, scores.image_tokens)):
             old = [s.log_prob for s in segments if isinstance(s, kind) and s.log_prob is not None]
-            if old:
+            spared = bool(new) and not any(len(x) for x in new)  # no step was asked for
+            if old and not spared:
                 worst.log_prob = _larger(worst.log_prob, torch.cat(new) - torch.cat(old))
         for images, velocity in by_shape(trajectories, scores.velocity):
             if velocity.shape[1] == 0:

@@ -48,7 +48,7 @@ class Counts(NamedTuple):
     images: float
     """Sampled images."""
     image_tokens: float
-    """Sampled codes of discrete images."""
+    """Codes of discrete images that are scored."""
 
 
 def count(trajectories: Sequence[Trajectory]) -> Counts:
@@ -60,7 +60,7 @@ def count(trajectories: Sequence[Trajectory]) -> Counts:
         sequences=len(texts),
         tokens=sum(len(s.tokens) for s in texts),
         images=len(segments) - len(texts),
-        image_tokens=sum(len(s.tokens) for s in codes),
+        image_tokens=sum(len(_known(s.log_prob)) for s in codes),
     )
 
 
@@ -177,7 +177,6 @@ def trajectory_loss(
     text, text_kl = _text_terms(scores, trajectories, objective, sampling, counts, metrics)
     flow, mse, kl = _flow_terms(scores, trajectories, objective, sampling, counts, metrics)
     codes, code_kl = _code_terms(scores, trajectories, objective, counts, metrics)
-    code_weight = objective.image_token_weight
     loss = unigrpo_loss(
         objective.text_weight * text,
         flow,
@@ -185,7 +184,7 @@ def trajectory_loss(
         flow_weight=objective.flow_weight,
         mse_weight=objective.mse_weight,
         image_token_loss=codes,
-        image_token_weight=objective.flow_weight if code_weight is None else code_weight,
+        image_token_weight=objective.image_weight("tokens"),
         image_token_kl=code_kl,
         image_token_kl_weight=objective.image_token_kl_weight,
         latent_kl=kl,
@@ -226,7 +225,7 @@ def _token_surrogate(
 ) -> _Tokens:
     """GRPO per token: a ratio each, the advantage of its sequence."""
     new, old = torch.cat(list(log_probs)), torch.cat([_known(s.log_prob) for s in segments])
-    lengths = torch.tensor([len(s.tokens) for s in segments], device=new.device)
+    lengths = torch.tensor([len(x) for x in log_probs], device=new.device)
     advantage = new.new_tensor([s.advantage for s in segments]).repeat_interleave(lengths)
     log_ratio = new - old
     losses, clipped = clipped_surrogate(
@@ -352,6 +351,11 @@ def _code_terms(
     segments = [s for _, s in sampled(trajectories) if isinstance(s, TokenImageSegment)]
     if not segments:
         return torch.zeros(()), torch.zeros(())
+    if not any(len(x) for x in scores.image_tokens):  # no step asked for, or none revealed a code
+        nothing = torch.cat(
+            scores.image_tokens
+        ).sum()  # 0, and backward still reaches every parameter
+        return nothing, nothing.detach()
     tokens = _token_surrogate(
         scores.image_tokens,
         segments,

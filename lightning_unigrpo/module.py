@@ -410,7 +410,7 @@ class UniGRPOModule(LightningModule):
         """Make one optimizer step on a part of the experience."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         counts = self._global(count(minibatch))
-        steps = slice(None) if self._needs_velocity() else slice(0, 0)
+        steps = slice(None) if self._needs_images() else slice(0, 0)
         metrics, mismatches = Metrics.empty(), []
         optimizer.zero_grad(set_to_none=True)
         for done, batch in enumerate(self.micro_batches(minibatch)):
@@ -441,14 +441,15 @@ class UniGRPOModule(LightningModule):
         experience.metrics |= distributed.reduce_named(metrics.sums, metrics.maxima)
         experience.metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
 
-    def _needs_velocity(self) -> bool:
-        """Whether velocities are scored: also with weight 0 while the flow group trains.
+    def _needs_images(self) -> bool:
+        """Whether steps of images are scored: also with weight 0 while the flow group trains.
 
         Every backward of every rank must reach the same parameters, or data-parallel ranks wait.
         """
+        kind = self.adapter.image_policy
         return (
-            self.objective.flow_weight > 0
-            or self.objective.needs_ref_velocity
+            self.objective.image_weight(kind) > 0
+            or self.objective.needs_image_reference(kind)
             or "flow" in self._trainable()
         )
 

@@ -7,6 +7,7 @@ the device and a resume do not change what is drawn, and checkpoints hold no gen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -16,8 +17,14 @@ import torch
 from torch import Tensor
 
 from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
-from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.config import Sampling, num_steps
 from lightning_unigrpo.flow import draw_window, ode_step, sde_step, sigma_schedule
+from lightning_unigrpo.masked import (
+    choice_temperatures,
+    most_confident,
+    num_masked,
+    reveal_steps,
+)
 from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
@@ -288,53 +295,119 @@ def sample_image_tokens(
     guidance_scale: float = 1.0,
     progress: Progress | None = None,
 ) -> list[TokenImageSegment]:
-    """Reveal the codes of one discrete image in every row, the most confident candidates first.
+    """Draw the codes of one discrete image in every row, one after the other.
 
     Args:
-        adapter: the policy; it says which positions may be filled at each step and how many.
+        adapter: the policy.
         cache: of B rows.
-        uniforms: ``[B, N]`` in [0, 1), one per position; position p uses the same number in every
-            step in which it is a candidate.
+        uniforms: ``[B, N]`` in [0, 1), one per code.
         grid: ``(h, w)`` of all rows, ``h * w = N``.
         temperature: of the draws, > 0.
         unconditional: from ``adapter.guidance``, for guided evaluation; ``None`` = no guidance.
         guidance_scale: of guided evaluation.
-        progress: told the number of codes revealed.
+        progress: told the number of codes drawn.
 
     Returns:
         B sampled segments.
     """
     num_rows, num = uniforms.shape
     tokens = torch.full((num_rows, num), -1, dtype=torch.long, device=uniforms.device)
-    step_of, log_prob = torch.zeros_like(tokens), torch.zeros(num_rows, num, device=tokens.device)
-    step = revealed = 0
-    while revealed < num:
+    log_prob = torch.zeros(num_rows, num, device=tokens.device)
+    for step in range(num):
         if unconditional is None:
-            found = adapter.next_image_logits(cache, tokens, step, grid)
+            logits = adapter.next_image_logits(cache, tokens, step, grid)
         else:
-            found = adapter.guided_image_logits(
+            logits = adapter.guided_image_logits(
                 cache, unconditional, tokens, step, grid, scale=guidance_scale
             )
-        logits, positions, keep = found
-        candidate, score = draw_tokens(logits, uniforms.gather(1, positions), temperature)
-        kept = score.topk(keep, dim=1).indices
-        where = positions.gather(1, kept)
-        tokens = tokens.scatter(1, where, candidate.gather(1, kept))
-        log_prob = log_prob.scatter(1, where, score.gather(1, kept))
-        step_of = step_of.scatter(1, where, step)
-        step, revealed = step + 1, revealed + keep
+        tokens[:, step], log_prob[:, step] = draw_tokens(logits, uniforms[:, step], temperature)
         if progress is not None:
-            progress("image tokens", revealed, num)
+            progress("image tokens", step + 1, num)
     return [
         TokenImageSegment(
-            tokens=tokens[b],
-            grid=grid,
-            step=step_of[b],
-            log_prob=log_prob[b],
-            temperature=temperature,
+            tokens=tokens[b], grid=grid, log_prob=log_prob[b], temperature=temperature
         )
         for b in range(num_rows)
     ]
+
+
+def sample_masked_image(
+    adapter: Adapter,
+    cache: Cache,
+    uniforms: Tensor,
+    grid: Grid,
+    *,
+    num_steps: int,
+    temperature: float,
+    windows: Sequence[range] | None = None,
+    choice_temperature: float | None = None,
+    unconditional: Any | None = None,
+    guidance_scale: float = 1.0,
+    progress: Progress | None = None,
+) -> list[TokenImageSegment]:
+    """Reveal the codes of one masked image in every row, some at each step.
+
+    Args:
+        adapter: the policy.
+        cache: of B rows, left as it was.
+        uniforms: ``[B, 2, N]`` in [0, 1): for each code its value and when it is revealed; by confidence
+            ``[B, T, 2, N]``, for each code and step its value and its luck.
+        grid: ``(h, w)`` of all rows, ``h * w = N``.
+        num_steps: T.
+        temperature: of the draws, > 0.
+        windows: B ranges of steps whose codes are scored; ``None`` = all.
+        choice_temperature: reveal the most confident codes, with this much chance, nats >= 0; ``None`` =
+            each code at a step of its own, whatever is drawn.
+        unconditional: from ``adapter.guidance``, for guided evaluation; ``None`` = no guidance.
+        guidance_scale: of guided evaluation.
+        progress: told the number of steps done.
+
+    Returns:
+        B sampled segments.
+    """
+    num_rows, num = len(uniforms), uniforms.shape[-1]
+    tokens = torch.full((num_rows, num), -1, dtype=torch.long, device=uniforms.device)
+    step_of, log_prob = torch.zeros_like(tokens), torch.zeros(num_rows, num, device=tokens.device)
+    alone = choice_temperature is None
+    values, luck = uniforms.unbind(-2)  # [B, N] each, by confidence [B, T, N]
+    planned = reveal_steps(luck, num_steps) if alone else None
+    chances = choice_temperatures(choice_temperature or 0.0, num_steps)
+    unknown = num
+    for step in range(num_steps):
+        where = tokens < 0 if planned is None else planned == step
+        if unconditional is None:
+            logits = adapter.masked_logits(cache, tokens, where, grid)
+        else:
+            logits = adapter.guided_masked_logits(
+                cache, unconditional, tokens, where, grid, scale=guidance_scale
+            )
+        here = values if alone else values[:, step]
+        new = draw_tokens(logits, here[where], temperature)
+        drawn, score = (
+            x.masked_scatter(where, n) for x, n in zip((tokens, log_prob), new, strict=True)
+        )
+        if not alone:
+            masked = num_masked(num, step, num_steps, unknown)
+            known = score.masked_fill(~where, -torch.inf)
+            where = most_confident(known, luck[:, step], chances[step], unknown - masked)
+            unknown = masked
+        tokens, log_prob = drawn.where(where, tokens), score.where(where, log_prob)
+        step_of = step_of.masked_fill(where, step)
+        if progress is not None:
+            progress("image tokens", step + 1, num_steps)
+    prefixes, found = adapter.image_prefix(cache), []
+    for b in range(num_rows):
+        image = TokenImageSegment(
+            tokens=tokens[b],
+            grid=grid,
+            prefix=None if prefixes is None else prefixes[b],
+            step=step_of[b],
+            window=None if windows is None else (windows[b].start, windows[b].stop),
+            temperature=temperature,
+        )
+        image.log_prob = log_prob[b, image.scored]
+        found.append(image)
+    return found
 
 
 @torch.no_grad()
@@ -441,6 +514,8 @@ class _Chunk:
         s, starts, num = self.sampling, [self.starts[b] for b in members], grid[0] * grid[1]
         guided = self.evaluate and s.guidance_scale != 1
         unconditional = self.adapter.guidance([self.rows[b] for b in members]) if guided else None
+        if self.adapter.image_policy == "masked":
+            return self._masked(cache, starts, place, grid, unconditional)
         if self.adapter.image_policy == "tokens":
             return sample_image_tokens(
                 self.adapter,
@@ -477,6 +552,30 @@ class _Chunk:
             windows=[self._window(start, len(sigmas) - 1) for start in starts],
             window_noise=window_noise.to(self.device),
             sampling=s,
+            progress=self.progress,
+        )
+
+    def _masked(
+        self, cache: Cache, starts: Sequence[Start], place: int, grid: Grid, unconditional: Any
+    ) -> Sequence[TokenImageSegment]:
+        s, num = self.sampling, grid[0] * grid[1]
+        timesteps = s.eval_num_timesteps if self.evaluate else s.num_timesteps
+        count = num_steps(timesteps, s.schedule)
+        is_confident = (s.eval_reveal if self.evaluate else s.reveal) == "confident"
+        shape = (count, 2, num) if is_confident else (2, num)
+        uniforms = self.draws.uniforms(starts, place, math.prod(shape)).to(self.device)
+        return sample_masked_image(
+            self.adapter,
+            cache,
+            uniforms.unflatten(1, shape),
+            grid,
+            num_steps=count,
+            temperature=1.0 if self.evaluate else s.temperature,
+            # One step more than there are: the last may be trained as well as any other.
+            windows=None if self.evaluate else [self._window(start, count + 1) for start in starts],
+            choice_temperature=s.reveal_temperature if is_confident else None,
+            unconditional=unconditional,
+            guidance_scale=s.guidance_scale,
             progress=self.progress,
         )
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_unigrpo.config import Objective, Optim, Sampling
@@ -108,12 +109,17 @@ class TokenImageSegment:
     """Whether later segments see this image."""
     views: dict[str, Tensor] = field(default_factory=dict)
     """How later segments see it, made once when it was drawn, as the adapter names it."""
+    prefix: Tensor | None = None
+    """``[P]`` int64, the words the image was drawn behind where those are not its context itself: recorded
+    when it was drawn, so that learning tokenises nothing. ``None`` = drawn behind its context."""
     step: Tensor | None = None
-    """``[N]`` int64, the sampling step each token was revealed in."""
+    """``[N]`` int64, the sampling step each code was revealed in; ``None`` = one after the other."""
+    window: tuple[int, int] | None = None
+    """Half-open range of the steps whose codes are scored; ``None`` = all."""
     log_prob: Tensor | None = None
-    """``[N]`` float32, nats; ``None`` = given."""
+    """``[M]`` float32, nats, of the codes at ``scored``; ``None`` = given."""
     ref_log_prob: Tensor | None = None
-    """``[N]`` float32, the same codes under the reference policy; only when a KL is on."""
+    """``[M]`` float32, the same codes under the reference policy; only when a KL is on."""
     temperature: float = 1.0
     """Softmax temperature of the draws."""
     advantage: float = 0.0
@@ -123,6 +129,34 @@ class TokenImageSegment:
     def is_sampled(self) -> bool:
         """Whether the codes are actions of the policy."""
         return self.log_prob is not None
+
+    @property
+    def scored(self) -> Tensor:
+        """Positions ``[M]`` int64 of the codes that are scored, step by step."""
+        if self.step is None:
+            return torch.arange(len(self.tokens), device=self.tokens.device)
+        order = self.step.argsort(stable=True)
+        if self.window is None:
+            return order
+        steps, (low, high) = self.step[order], self.window
+        return order[(steps >= low) & (steps < high)]
+
+    def masked_states(self, steps: slice = slice(None)) -> list[tuple[Tensor, Tensor]]:
+        """Return what each scored step of a masked image saw, and where it revealed codes.
+
+        Args:
+            steps: which of the scored steps.
+
+        Returns:
+            Codes ``[N]`` int64, -1 where masked, and positions ``[m]`` int64; all positions one after the
+            other are ``scored``.
+        """
+        assert self.step is not None
+        low, high = self.window or (0, int(self.step.max()) + 1)
+        return [
+            (self.tokens.where(self.step < step, -1), (self.step == step).nonzero().squeeze(1))
+            for step in range(low, high)[steps]
+        ]
 
 
 Segment: TypeAlias = TextSegment | ImageSegment | TokenImageSegment
@@ -170,7 +204,8 @@ class Scores:
     velocity: list[Tensor] = field(default_factory=list)
     """``[k, N, C]`` float32 velocities per :class:`ImageSegment`, k = the steps asked for."""
     image_tokens: list[Tensor] = field(default_factory=list)
-    """``[N]`` float32 log-probabilities per :class:`TokenImageSegment`."""
+    """``[M]`` float32 log-probabilities per :class:`TokenImageSegment`, of its ``scored`` codes; of masked
+    images only those of the steps asked for."""
 
 
 @dataclass(kw_only=True, eq=False)

@@ -19,6 +19,7 @@ from lightning_unigrpo.adapters.janusflow import JanusFlowAdapter
 from lightning_unigrpo.adapters.janusflow.config import FlowConfig, JanusFlowConfig
 from lightning_unigrpo.adapters.januspro import JanusProAdapter
 from lightning_unigrpo.adapters.januspro.config import Marks
+from lightning_unigrpo.adapters.showo import ShowOAdapter, ShowOConfig
 from lightning_unigrpo.adapters.showo2 import ShowO2Adapter
 from lightning_unigrpo.adapters.showo2.config import FlowConfig as TwoStackFlow
 from lightning_unigrpo.adapters.showo2.config import SemanticConfig, ShowO2Config
@@ -149,8 +150,22 @@ def cells(pixels: Tensor) -> Tensor:
     )
 
 
-class CodeDigits(JanusProAdapter):
-    """Janus-Pro whose pictures are sixteen codes, each a cell of 2 x 2 pixels."""
+class Cells:
+    """Pictures as sixteen codes, each a cell of 2 x 2 pixels."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return codes ``[n, 16]`` of ``[n, 8, 8]`` pixels."""
+        return torch.cdist(cells(pixels), codebook()).argmin(2)
+
+    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
+        """Return ``[B, 3, 8, 8]`` in [0, 1] of codes ``[B, 16]``."""
+        found = codebook().to(latents.device)[latents].unflatten(1, grid)
+        parts = found.unflatten(3, (CELL, CELL)).transpose(2, 3)
+        return rgb(parts.flatten(3, 4).flatten(1, 2))
+
+
+class CodeDigits(Cells, JanusProAdapter):
+    """Janus-Pro that draws those codes one after the other."""
 
     tokenizer: WordTokenizer
 
@@ -187,11 +202,37 @@ class CodeDigits(JanusProAdapter):
     def tokenize(self, prompt: Prompt) -> list[Segment]:
         return question(self, prompt)
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Return codes ``[n, 16]`` of ``[n, 8, 8]`` pixels."""
-        return torch.cdist(cells(pixels), codebook()).argmin(2)
 
-    def decode(self, latents: Tensor, grid: Grid) -> Tensor:
-        found = codebook().to(latents.device)[latents].unflatten(1, grid)
-        parts = found.unflatten(3, (CELL, CELL)).transpose(2, 3)
-        return rgb(parts.flatten(3, 4).flatten(1, 2))
+class Spelling(WordTokenizer):
+    """Reads words and reasonings alike, as a prompt and its reasoning are tokenised again together."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of words; what is no word is spelled, if it can be."""
+        found = []
+        for word in text.split():
+            spelled = word not in self.ids and set(word) <= set(self.characters)
+            found += self.encode_reasoning(word) if spelled else super().encode(word)
+        return found
+
+
+class MaskedDigits(Cells, ShowOAdapter):
+    """Show-o that unmasks those codes some at a time."""
+
+    tokenizer: WordTokenizer
+
+    def __init__(self) -> None:
+        tokenizer = Spelling()
+        phi = {k: v for k, v in LLAMA.items() if k != "vocab_size"}
+        config = ShowOConfig(
+            language=phi | {"partial_rotary_factor": 0.5},
+            llm_vocab_size=VOCABULARY,
+            codebook_size=CODES,
+            num_vq_tokens=(SIDE // CELL) ** 2,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            pad=VOCABULARY,
+            begin_image=VOCABULARY + 1,
+            end_image=VOCABULARY + 2,
+            task=VOCABULARY + 5,
+        )
+        super().__init__(config, tokenizer, max_prompt_tokens=40)

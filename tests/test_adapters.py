@@ -176,7 +176,7 @@ class Stale:
 
     def extend(self, cache: Any, segments: Sequence[Any]) -> None:
         unseen: Any = ImageSegment(latent=torch.zeros(1, self.latent_channels), grid=(1, 1))
-        if self.image_policy == "tokens":
+        if self.image_policy != "flow":
             unseen = TokenImageSegment(tokens=torch.zeros(1, dtype=torch.long), grid=(1, 1))
         super().extend(cache, segments if self.is_reading else [*segments[:-1], unseen])
 
@@ -369,12 +369,24 @@ def blind_velocity(self: Any, cache: Any, *args: Any) -> Tensor:
 
 def shifted_code(self: Any, cache: Any, tokens: Tensor, step: int, grid: Grid) -> Any:
     found = ToyTokens.next_image_logits(self, cache, tokens, step, grid)
-    return found._replace(logits=found.logits.roll(1, -1)) if step else found
+    return found.roll(1, -1) if step else found
 
 
-def repeated_position(self: Any, *args: Any) -> Any:
-    found = ToyTokens.next_image_logits(self, *args)
-    return found._replace(positions=found.positions * 0)
+def by_columns(self: Any, cache: Any, tokens: Tensor, where: Tensor, grid: Grid) -> Any:
+    every = torch.ones_like(where)
+    found = ToyMasked.masked_logits(self, cache, tokens, every, grid).unflatten(0, where.shape)
+    return found.transpose(0, 1)[where.T]
+
+
+def remembering(self: Any, cache: Any, *args: Any) -> Any:
+    cache.positions = cache.positions + 1
+    return ToyMasked.masked_logits(self, cache, *args)
+
+
+def unrevealed_blocks(self: Any, segment: Any, steps: slice) -> list[Block]:
+    found = ToyMasked.image_blocks(self, segment, steps)
+    masked = self.codes(torch.full_like(segment.tokens, -1), segment.grid, hidden=True)
+    return [masked if block.hidden else block for block in found]
 
 
 def forgets_a_weight(adapter: Any) -> None:
@@ -425,7 +437,9 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("scores_shapes", changed(ToyFlow, forward=double_forward)),
     ("text_log_probs", changed(ToyFlow, forward=untempered_forward)),
     ("image_log_probs", changed(ToyTokens, next_image_logits=shifted_code)),
-    ("codes_revealed_once", changed(ToyTokens, next_image_logits=repeated_position)),
+    ("image_log_probs", changed(ToyMasked, image_blocks=unrevealed_blocks)),
+    ("masked_where", changed(ToyMasked, masked_logits=by_columns)),
+    ("velocity_keeps_cache", changed(ToyMasked, masked_logits=remembering)),
     ("ode_at_eta_0", changed(ToyFlow, velocity=counting_velocity)),
     ("batch_invariance", changed(ToyFlow, forward=mixed_forward)),
     ("slices_of_steps", changed(ToyFlow, forward=sliced_forward)),

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel, PretrainedConfig, Qwen2Config, Qwen2Model
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    PhiConfig,
+    PhiModel,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2Model,
+)
 
 from lightning_unigrpo.adapters.common.attention import (
     Block,
@@ -19,6 +27,7 @@ from lightning_unigrpo.adapters.common.attention import (
 )
 from lightning_unigrpo.adapters.common.cache import RowCache
 from lightning_unigrpo.adapters.common.decoder import cache_sizes, run_decoder, use_flat_rows
+from lightning_unigrpo.adapters.common.rotary import Rotary
 
 SIZES: dict[str, Any] = {
     "vocab_size": 11,
@@ -29,7 +38,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "rope_theta": 500.0,
 }
-FAMILIES = [(LlamaModel, LlamaConfig), (Qwen2Model, Qwen2Config)]
+FAMILIES = [(LlamaModel, LlamaConfig), (Qwen2Model, Qwen2Config), (PhiModel, PhiConfig)]
 LENGTHS = (5, 3)
 CPU = torch.device("cpu")
 
@@ -164,6 +173,17 @@ def test_the_kinds_of_noise_differ(decoders: tuple[Any, Any], x: torch.Tensor) -
         for kind in (Kind.NOISE, Kind.CAUSAL_NOISE)
     )
     assert float((one - other).detach().abs().max()) > 1e-2
+
+
+def test_the_rotation_is_theirs_to_the_bit(decoders: tuple[Any, Any]) -> None:
+    """Phi turns half of a head, the others all of it."""
+    theirs, ours = decoders
+    x, positions = torch.zeros(1, dtype=torch.bfloat16), torch.tensor([[0, 3, 701, 1 << 20]])
+    with torch.device("meta"):
+        rotary = Rotary(ours.config).to(torch.bfloat16)
+    for got, expected in zip(rotary(x, positions), theirs.rotary_emb(x, positions), strict=True):
+        assert torch.equal(got, expected)
+        assert got.shape[2] == (4 if isinstance(theirs, PhiModel) else 8)
 
 
 def test_dropout_is_refused() -> None:

@@ -111,13 +111,11 @@ def test_c_and_f_drawing_greedily(adapter: JanusProAdapter, name: str, rows: int
     cache = adapter.prefill(contexts(name, rows))
     drawn = torch.full_like(codes, -1)
     for step in range(codes.shape[1]):
-        logits, positions, keep = adapter.next_image_logits(cache, drawn, step, GRID)
-        assert keep == 1
-        assert positions.tolist() == [[step]] * rows
+        logits = adapter.next_image_logits(cache, drawn, step, GRID)
         if name == "c":
-            expected = CASES["c.step_logits"][:, step : step + 1]
+            expected = CASES["c.step_logits"][:, step]
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-        drawn[:, step] = logits[:, 0].argmax(1)
+        drawn[:, step] = logits.argmax(1)
     assert torch.equal(drawn, codes)
 
 
@@ -184,7 +182,7 @@ def test_h_guided_drawing(adapter: JanusProAdapter) -> None:
     for step in range(codes.shape[1]):
         found = adapter.guided_image_logits(
             cache, without, drawn, step, GRID, scale=INFO["meta"]["h.guidance_scale"]
-        ).logits[:, 0]
+        )
         # 2 c - u: three times the rounding of one pass.
         torch.testing.assert_close(found[0], expected[step], atol=3e-5, rtol=0)
         drawn[:, step] = found.argmax(1)
@@ -291,8 +289,8 @@ def test_evaluation_is_guided_if_asked_for(adapter: JanusProAdapter) -> None:
         cache, without = adapter.prefill([context]), adapter.guidance([context])
         tokens = torch.full((1, 16), -1)
         for step, code in enumerate(image.tokens):
-            c = adapter.next_image_logits(cache, tokens, step, GRID).logits[0, 0]
-            u = adapter.next_image_logits(without, tokens, step, GRID).logits[0, 0]
+            c = adapter.next_image_logits(cache, tokens, step, GRID)[0]
+            u = adapter.next_image_logits(without, tokens, step, GRID)[0]
             log_p = (5 * c - 4 * u).log_softmax(0)
             assert image.log_prob is not None
             torch.testing.assert_close(log_p[code], image.log_prob[step], atol=1e-4, rtol=0)

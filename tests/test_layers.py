@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / ROOT
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "config"),
-    ("flow", "objective", "advantage"),
+    ("flow", "masked", "objective", "advantage"),
     ("adapter", "reward", "distributed"),
     ("rollout", "loss", "checkpoint"),
     ("guard", "callbacks", "data", "budget"),

@@ -150,16 +150,32 @@ def test_evaluation_is_an_euler_loop_over_the_velocity() -> None:
     torch.testing.assert_close(image.latent, x[0], atol=1e-5, rtol=1e-5)
 
 
-def test_discrete_images_reveal_every_position_once() -> None:
-    for toy in (ToyTokens, ToyMasked):
-        for trajectory in draw(toy(), starts(), SAMPLING):
-            image = trajectory.segments[-1]
-            assert isinstance(image, TokenImageSegment)
-            assert image.step is not None
-            assert int(image.tokens.min()) >= 0
-            counts = torch.bincount(image.step)
-            assert int(counts.min()) >= 1
-            assert int(counts.sum()) == len(image.tokens)
+@pytest.mark.parametrize("reveal", ["independent", "confident"])
+def test_masked_images_score_the_codes_of_their_window(reveal: Any) -> None:
+    """All codes are known in the end; a group shares its window; the packed pass says the same."""
+    sampling, adapter = (
+        replace(SAMPLING, reveal=reveal, window_size=3, window_range=(0, 6)),
+        ToyMasked(),
+    )
+    drawn, later = draw(adapter, starts(), sampling), set()
+    for trajectory in drawn:
+        image = trajectory.segments[-1]
+        assert isinstance(image, TokenImageSegment)
+        assert image.window is not None
+        assert image.step is not None
+        assert image.log_prob is not None
+        low, high = image.window
+        assert high - low == 3
+        assert int(image.tokens.min()) >= 0
+        assert int(image.step.max()) < 6
+        inside = [s for s in image.step.tolist() if low <= s < high]
+        assert image.step[image.scored].tolist() == sorted(inside)
+        assert len(image.log_prob) == len(inside)
+        later.add((trajectory.group, low, high))
+    assert len(later) == len(PROMPTS)
+    scores = adapter(drawn)
+    for trajectory, found in zip(drawn, scores.image_tokens, strict=True):
+        torch.testing.assert_close(found, trajectory.segments[-1].log_prob, atol=1e-5, rtol=0)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (None, 0.7), (4, 0.5), (100, 0.999999)])
@@ -210,7 +226,7 @@ class Watched(ToyTokens):
 
     def next_image_logits(self, cache: Any, *args: Any) -> Any:
         found = super().next_image_logits(cache, *args)
-        self.asked.append((id(cache) in self.bare, found.logits))
+        self.asked.append((id(cache) in self.bare, found))
         return found
 
 
@@ -227,7 +243,7 @@ def test_codes_are_guided_in_evaluation_only() -> None:
     pairs = zip(adapter.asked[::2], adapter.asked[1::2], strict=True)
     for code, ((first, c), (second, u)) in enumerate(pairs):
         assert (first, second) == (False, True)
-        expected = (u + 3 * (c - u)).log_softmax(-1)[:, 0]
+        expected = (u + 3 * (c - u)).log_softmax(-1)
         codes = torch.stack([t.segments[-1].tokens[code] for t in drawn])  # type: ignore[union-attr]
         found = torch.stack([t.segments[-1].log_prob[code] for t in drawn])  # type: ignore[union-attr,index]
         torch.testing.assert_close(found, expected.gather(1, codes[:, None])[:, 0])

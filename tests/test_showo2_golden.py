@@ -538,7 +538,7 @@ def no_mark_before_an_image(adapter: Any, patch: pytest.MonkeyPatch) -> None:
 
 @mistake
 def no_mark_behind_an_image(adapter: Any, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ShowO2Adapter, "_read", lambda self, *a: super(ShowO2Adapter, self)._read(*a))
+    patch.setattr(ShowO2Adapter, "behind", lambda self, _image: [])
 
 
 @mistake

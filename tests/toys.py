@@ -10,7 +10,6 @@ RoPE counts words; the rows of an image share one position and are told apart by
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -22,7 +21,7 @@ from torch.nn.functional import one_hot, rms_norm, scaled_dot_product_attention,
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_unigrpo.adapter import Adapter, Cache, ImageLogits, token_log_probs
+from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
 from lightning_unigrpo.config import Objective, Optim, Sampling
 from lightning_unigrpo.types import (
     Defaults,
@@ -390,11 +389,11 @@ class Toy(Adapter):
                 elif segment.is_sampled:
                     # Without any block (no step asked for) the result still hangs on the graph.
                     shape = (len(blocks), segment.grid[0] * segment.grid[1] + 2, self.num_out)
-                    self.score(scores, segment, image[b, at:end].reshape(shape))
+                    self.score(scores, segment, image[b, at:end].reshape(shape), steps)
                 at = end
         return scores
 
-    def score(self, scores: Scores, segment: Segment, outputs: Tensor) -> None:
+    def score(self, scores: Scores, segment: Segment, outputs: Tensor, steps: slice) -> None:
         """Add what the outputs ``[blocks, N + 2, O]`` of one image say about it."""
         raise NotImplementedError
 
@@ -476,7 +475,7 @@ class ToyFlow(Toy):
         rows = self.pack(states, cache.positions, torch.zeros_like(cache.open))
         return self.net(rows, cache)[1][:, 1:-1].float()
 
-    def score(self, scores: Scores, segment: Segment, outputs: Tensor) -> None:
+    def score(self, scores: Scores, segment: Segment, outputs: Tensor, steps: slice) -> None:
         assert isinstance(segment, ImageSegment)
         scores.velocity.append(outputs[: len(outputs) - segment.is_context, 1:-1].float())
 
@@ -520,55 +519,46 @@ class ToyTokens(ToyCodes):
     @torch.no_grad()
     def next_image_logits(  # type: ignore[override]
         self, cache: ToyCache, tokens: Tensor, step: int, grid: Grid
-    ) -> ImageLogits:
+    ) -> Tensor:
         if step == 0:
             cache.drop_open(torch.ones_like(cache.open, dtype=torch.bool))
         drawn = [[self.codes(row, grid).first(step + 1)] for row in tokens]
         _, image = self.append(cache, drawn, skip=cache.open)
         cache.open = cache.open + 1
-        return ImageLogits(image[:, -1:].float(), torch.full_like(cache.open, step).unsqueeze(1), 1)
+        return image[:, -1].float()
 
-    def score(self, scores: Scores, segment: Segment, outputs: Tensor) -> None:
+    def score(self, scores: Scores, segment: Segment, outputs: Tensor, steps: slice) -> None:
         assert isinstance(segment, TokenImageSegment)
         self.add(scores, segment, outputs[0, :-2])
 
 
 class ToyMasked(ToyCodes):
-    """Codes a few at a time: every step sees what earlier steps revealed, and masks."""
+    """Codes some at a time: every step sees what earlier steps revealed, and masks."""
 
-    num_steps: ClassVar[int] = 3
-
-    def num_masked(self, num: int, step: int) -> int:
-        """Return how many of N codes are masked before a step: a cosine, but ever fewer."""
-        share = math.cos(math.pi / 2 * step / self.num_steps)
-        return min(num - step, math.floor(num * share)) if step < self.num_steps else 0
+    image_policy = "masked"
 
     def image_blocks(self, segment: Segment, steps: slice) -> list[Block]:
         assert isinstance(segment, TokenImageSegment)
         found = []
-        if segment.is_sampled and segment.step is not None:
-            for step in range(int(segment.step.max()) + 1):
-                state = segment.tokens.where(segment.step < step, -1)
+        if segment.is_sampled:
+            for state, _ in segment.masked_states(steps):
                 found.append(self.codes(state, segment.grid, hidden=True))
         if segment.is_context:
             found.append(self.codes(segment.tokens, segment.grid))
         return found
 
     @torch.no_grad()
-    def next_image_logits(  # type: ignore[override]
-        self, cache: ToyCache, tokens: Tensor, step: int, grid: Grid
-    ) -> ImageLogits:
+    def masked_logits(  # type: ignore[override]
+        self, cache: ToyCache, tokens: Tensor, where: Tensor, grid: Grid
+    ) -> Tensor:
         states = [[self.codes(row, grid, hidden=True)] for row in tokens]
         rows = self.pack(states, cache.positions, torch.zeros_like(cache.open))
-        num = tokens.shape[1]
-        masked = self.num_masked(num, step)
-        positions = (tokens < 0).nonzero()[:, 1].view(len(tokens), masked)
-        logits = self.net(rows, cache)[1][:, 1:-1].float()
-        logits = logits.gather(1, positions.unsqueeze(2).expand(-1, -1, CODES))
-        return ImageLogits(logits, positions, masked - self.num_masked(num, step + 1))
+        return self.net(rows, cache)[1][:, 1:-1].float()[where]
 
-    def score(self, scores: Scores, segment: Segment, outputs: Tensor) -> None:
+    def score(self, scores: Scores, segment: Segment, outputs: Tensor, steps: slice) -> None:
         assert isinstance(segment, TokenImageSegment)
-        assert segment.step is not None
-        rows = 1 + torch.arange(len(segment.tokens), device=outputs.device)
-        self.add(scores, segment, outputs[segment.step, rows])
+        found = [outputs.flatten()[:0]]  # without any state the result still hangs on the graph
+        for (_, where), block in zip(segment.masked_states(steps), outputs, strict=False):
+            codes, logits = segment.tokens[where], block[1 + where]
+            found.append(token_log_probs(logits, codes, temperature=segment.temperature)[0])
+        scores.image_tokens.append(torch.cat(found))

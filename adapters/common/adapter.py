@@ -42,6 +42,10 @@ from lightning_unigrpo.types import (
 Image = ImageSegment | TokenImageSegment
 
 
+def _seen(segment: Segment | None) -> Image | None:
+    return segment if isinstance(segment, Image) and segment.is_context else None
+
+
 class Source(Protocol):
     """A checkpoint that was opened, whose weights are still in their files."""
 
@@ -130,11 +134,20 @@ class DecoderAdapter(Adapter):
     def see(self, packer: Any, image: Image, position: int) -> int:
         """Add the rows that later segments see of an image with ``is_context``.
 
-        The last of them is what the next text's first word follows: the layout's glue belongs here.
+        The last of them, or of :meth:`behind`, is what the next text's first word follows: the layout's
+        glue belongs here.
 
         Returns:
             How many positions they take; 0 when nothing is seen.
         """
+
+    def behind(self, image: Image) -> list[int]:
+        """Return the marks that follow an image that is seen, where its own rows would see them otherwise.
+
+        In a cache the rows that come at once with a bidirectional image are all seen by it; these come
+        after it.
+        """
+        return []
 
     @abstractmethod
     def draw(self, packer: Any, image: Image, position: int, steps: slice) -> None:
@@ -236,6 +249,19 @@ class DecoderAdapter(Adapter):
             advance.append(taken)
         kept = [segment is None for segment in segments]
         cache.open = cache.open * torch.tensor(kept, dtype=torch.long, device=self.device)
+        images = [_seen(segment) for segment in segments]
+        behind = [self.behind(image) if image is not None else [] for image in images]
+        if sizes := [n for n, image in zip(advance, images, strict=True) if image is not None]:
+            # At once, or the marks behind would double what is reserved.
+            cache.reserve(max(sizes) + max(map(len, behind)))
+        self._grow(cache, packer, advance)
+        packer = self.packer()
+        for position, ids in zip(cache.positions.tolist(), behind, strict=True):
+            packer.sample()
+            packer.read_on(ids, position)
+        self._grow(cache, packer, [len(ids) for ids in behind])
+
+    def _grow(self, cache: DecoderCache, packer: Any, advance: Sequence[int]) -> None:
         if any(advance):
             grown = [b for b, taken in enumerate(advance) if taken]
             logits = self.append(cache, packer, torch.tensor(advance), grown)[0]
@@ -327,7 +353,11 @@ class DecoderAdapter(Adapter):
             return len(ids)
         if segment.is_sampled:
             self.draw(packer, segment, position, steps)
-        return self.see(packer, segment, position) if segment.is_context else 0
+        if not segment.is_context:
+            return 0
+        taken, behind = self.see(packer, segment, position), self.behind(segment)
+        packer.read_on(behind, position + taken)
+        return taken + len(behind)
 
     def _packed_attention(self, layout: Layout, num_rows: int) -> Attention:
         if self.attention == "flex":

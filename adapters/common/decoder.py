@@ -19,6 +19,8 @@ from lightning_unigrpo.adapters.common.attention import Attention, Heads
 from lightning_unigrpo.adapters.common.cache import Sizes
 
 NAME = "flat_rows"
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+"""Fields of configurations."""
 
 
 def _attend(
@@ -43,13 +45,14 @@ def use_flat_rows(config: PretrainedConfig) -> PretrainedConfig:
     """Let a decoder that is built from this configuration attend through :func:`run_decoder` only.
 
     Raises:
-        ValueError: when attention drops out.
+        ValueError: when something drops out.
     """
-    if getattr(config, "attention_dropout", 0.0):
-        raise ValueError(
-            f"attention_dropout is {config.attention_dropout} in the model's config; give 0: a rollout and "
-            "its update must be one policy."
-        )
+    for name in DROPOUTS:
+        if found := getattr(config, name, 0.0):
+            raise ValueError(
+                f"{name} is {found} in the model's config; give 0: a rollout and its update must be one "
+                "policy."
+            )
     config._attn_implementation = NAME
     return config
 
@@ -65,7 +68,8 @@ def run_decoder(
     """Run the layers and the final norm.
 
     Args:
-        decoder: ``LlamaModel``, ``Qwen2Model``; built from a configuration that :func:`use_flat_rows` saw.
+        decoder: ``LlamaModel``, ``Qwen2Model``, ``PhiModel``; built from a configuration that
+            :func:`use_flat_rows` saw.
         x: ``[M, d]`` embeddings of flat rows.
         positions: ``[M]`` int64, for the rotation.
         attention: which sequences they form, and what they see.
@@ -91,7 +95,9 @@ def run_decoder(
             hidden = cast(Tensor, checkpoint(run, layer, hidden, use_reentrant=False))
         else:
             hidden = run(layer, hidden)
-    return cast(Tensor, model.norm(hidden).squeeze(0))
+    # Phi calls its last norm otherwise.
+    norm = model.norm if hasattr(model, "norm") else model.final_layernorm
+    return cast(Tensor, norm(hidden).squeeze(0))
 
 
 def cache_sizes(config: PretrainedConfig) -> Sizes:

@@ -1,4 +1,4 @@
-"""Safetensors and JSON files: looked at before anything heavy, read a tensor at a time."""
+"""Files of tensors and JSON: looked at before anything heavy, read a tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lightning_unigrpo.adapters.common.lora import base_name, first_value
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PICKLE = ".bin"
+"""Ends the name of what ``torch.save`` wrote."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class TensorFile:
     shape: tuple[int, ...]
 
 
-def find_shards(folder: Path, weights: str) -> list[Path]:
+def find_shards(folder: Path, weights: str, *, key: str = "adapter.source") -> list[Path]:
     """Return the file of some weights, or the shards that its index names; nothing where neither is there.
 
     Args:
         folder: where to look.
         weights: name of the single file; the index is called ``weights + ".index.json"``.
+        key: the setting that names the folder, for the message.
 
     Raises:
         FileNotFoundError: when the index names files that are missing.
@@ -45,10 +48,28 @@ def find_shards(folder: Path, weights: str) -> list[Path]:
     names = sorted(set(read_json(index)["weight_map"].values()))
     lost = [name for name in names if not (folder / name).is_file()]
     if lost:
-        raise FileNotFoundError(
-            f"adapter.source {folder}: {index.name} names {', '.join(lost)}, missing."
-        )
+        raise FileNotFoundError(f"{key} {folder}: {index.name} names {', '.join(lost)}, missing.")
     return [folder / name for name in names]
+
+
+def find_tensors(
+    folder: Path, weights: Sequence[str], *, key: str = "adapter.source"
+) -> dict[str, TensorFile]:
+    """Return the tensors of the first of some weights that is there; nothing where none is.
+
+    Args:
+        folder: where to look.
+        weights: names of the single files; any of them may be in shards.
+        key: the setting that names the folder, for the message.
+
+    Raises:
+        FileNotFoundError: when an index names files that are missing.
+        ValueError: when a file is truncated, or holds something else than tensors.
+    """
+    for name in weights:
+        if paths := find_shards(folder, name, key=key):
+            return {k: v for path in paths for k, v in read_header(path).items()}
+    return {}
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,6 +82,7 @@ def require_same(
     expected: Shapes,
     *,
     hint: str,
+    key: str = "adapter.source",
     agree: Agree = lambda _name, a, b: a == b,
 ) -> None:
     """Compare names and shapes of a file with a model's, before a byte of weights is read.
@@ -70,6 +92,7 @@ def require_same(
         found: in the file.
         expected: in the model.
         hint: last line of the message: where sizes come from.
+        key: the setting that names the folder, for the message.
         agree: whether a tensor's shapes, ``None`` where it is missing, go together; equality by default.
 
     Raises:
@@ -84,7 +107,7 @@ def require_same(
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(
-            f"adapter.source {folder} holds another model; {len(wrong)} tensors differ:\n"
+            f"{key} {folder} holds another model; {len(wrong)} tensors differ:\n"
             + "\n".join(wrong[:8])
             + more
             + f"\n{hint}"
@@ -139,11 +162,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorFile]:
-    """Return names and shapes without reading tensors.
+    """Return names and shapes of a safetensors or a ``.bin`` file without reading tensors.
 
     Raises:
-        ValueError: when the file is truncated or no safetensors file.
+        ValueError: when the file is truncated, or of another sort.
     """
+    if path.suffix == PICKLE:
+        return _read_pickled_header(path)
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
@@ -157,12 +182,32 @@ def read_header(path: Path) -> dict[str, TensorFile]:
         ) from error
 
 
+def _read_pickled_header(path: Path) -> dict[str, TensorFile]:
+    """Return names and shapes of a ``.bin`` file; nothing in it is run."""
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        return {name: TensorFile(path, name, tuple(value.shape)) for name, value in state.items()}
+    except Exception as error:  # torch raises what it meets
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}); it is truncated or no file of tensors: "
+            "download it again."
+        ) from error
+
+
 def read_tensors(files: Mapping[str, TensorFile]) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors under the names of the mapping; pages stay in memory until the next one only.
 
-    Each is a view of the mapped file: a file that stayed open would come to hold all of it.
+    Each is a view of the mapped file: a safetensors file that stayed open would come to hold all of it.
     """
+    pickled: dict[Path, dict[str, Tensor]] = {}
     for name, tensor in files.items():
+        if tensor.path.suffix == PICKLE:
+            if tensor.path not in pickled:
+                pickled[tensor.path] = torch.load(
+                    tensor.path, map_location="cpu", weights_only=True, mmap=True
+                )
+            yield name, pickled[tensor.path][tensor.name]
+            continue
         with safe_open(tensor.path, "pt") as file:
             yield name, file.get_tensor(tensor.name)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
@@ -20,6 +21,16 @@ from huggingface_hub.errors import (
 )
 
 FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.*", "tokenizer*")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+CONFIG, LANGUAGE_CONFIG = "config.json", "llm_config.json"
+"""``LANGUAGE_CONFIG`` is the language model's config.json in a folder that holds both models'."""
 
 
 def find_folder(
@@ -74,6 +85,47 @@ def find_folder(
         # All of them: httpx's errors are no OSErrors, hf_xet's are RuntimeErrors.
         raise _explained(error, silence, name, revision, key, files) from error
     return Path(folder)
+
+
+def find_language(
+    folder: Path,
+    found: Mapping[str, Any],
+    language: str | Path | None,
+    *,
+    revision: str | None,
+    example: str,
+) -> tuple[Path, Path]:
+    """Return where the tokenizer is, and the file with the sizes, of the language model of a checkpoint.
+
+    Args:
+        folder: of the checkpoint; it may hold both.
+        found: its ``config.json``, which may name the language model.
+        language: folder or hub id; ``None`` = where the checkpoint says.
+        revision: of a hub id.
+        example: a hub id for the message.
+
+    Raises:
+        FileNotFoundError: when files are missing.
+        ValueError: when nobody says which language model it is.
+    """
+    if language is None and (folder / LANGUAGE_CONFIG).is_file():
+        return folder, folder / LANGUAGE_CONFIG
+    named = language or found.get("llm_model_path")
+    if not named:
+        raise ValueError(
+            f"{folder / CONFIG} has no llm_model_path; give adapter.language the model that the checkpoint "
+            f"was built from, such as {example!r}."
+        )
+    words = find_folder(
+        named,
+        revision=revision,
+        example=example,
+        key="adapter.language",
+        files=(CONFIG, *TOKENIZER),
+    )
+    if not (words / CONFIG).is_file():
+        raise FileNotFoundError(f"adapter.language {words} has no {CONFIG}.")
+    return words, words / CONFIG
 
 
 def _silence(name: str, revision: str | None) -> Exception | None:

@@ -31,6 +31,10 @@ class LowRank:
 
     def __post_init__(self) -> None:
         self.require_known("projections", self.projections, PROJECTIONS)
+        self.require_rank()
+
+    def require_rank(self) -> None:
+        """Raise a ValueError when there is nothing to train."""
         if self.rank < 1:
             raise ValueError(f"adapter.lora.rank is {self.rank}; give 1 or more.")
 

@@ -6,24 +6,26 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import LlamaConfig, PhiConfig
+from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 
 class Rotary(nn.Module):
-    """What ``LlamaRotaryEmbedding`` computes, its frequencies made anew each time, in float32.
+    """What ``PhiRotaryEmbedding`` computes, its frequencies made anew each time, in float32.
+
+    It is Llama's where the configuration has no ``partial_rotary_factor``, the share of D that is turned.
 
     Those of ``transformers`` are a buffer outside the state dict: on the meta device it has no value, and
     ``module.to(torch.bfloat16)`` would round it, and turn far words by whole radians.
 
     Args:
-        config: of a Llama-like decoder.
+        config: of a Llama-like decoder, or of a Phi.
 
     Raises:
         ValueError: for scaled frequencies (``rope_type`` other than ``default``).
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig | PhiConfig) -> None:
         super().__init__()
         self.config = config
         kind = cast(Any, config.rope_parameters)["rope_type"]
@@ -33,9 +35,14 @@ class Rotary(nn.Module):
             )
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines ``[B, M, D]`` in the dtype of x for positions ``[B, M]``."""
+        """Return cosines and sines ``[B, M, D]`` in the dtype of x for positions ``[B, M]``.
+
+        D is only what is turned of a head.
+        """
         with torch.device(x.device):
-            frequencies, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(self.config)
+            frequencies, _ = PhiRotaryEmbedding.compute_default_rope_parameters(
+                cast(Any, self.config)
+            )
         angles = position_ids.unsqueeze(-1).float() * frequencies
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.adapter import Adapter, Cache
 from lightning_unigrpo.adapters.digits.classifier import DigitReward
 from lightning_unigrpo.adapters.digits.task import Split, prompts
 from lightning_unigrpo.flow import ode_step, sigma_schedule
-from lightning_unigrpo.types import Prompt, Segment, TextSegment
+from lightning_unigrpo.masked import reveal_steps
+from lightning_unigrpo.types import Grid, Prompt, Segment, TextSegment
 
 
 @torch.no_grad()
@@ -66,18 +67,32 @@ def draw(
     cache = adapter.prefill(contexts)
     generator, grid = torch.Generator().manual_seed(seed), adapter.image_grid(rows[0])
     num = grid[0] * grid[1]
-    if adapter.image_policy == "tokens":
-        codes = torch.full((len(rows), num), -1)
-        for step in range(num):
-            logits = adapter.next_image_logits(cache, codes, step, grid).logits[:, 0]
-            drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
-            codes[:, step] = drawn.squeeze(1)
-        return adapter.decode(codes, grid)
+    if adapter.image_policy != "flow":
+        return adapter.decode(draw_codes(adapter, cache, grid, generator, num_steps), grid)
     x = torch.randn(len(rows), num, adapter.latent_channels, generator=generator)
     sigmas = sigma_schedule(num_steps, shift=1.0, convention="steps")
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x = ode_step(adapter.velocity(cache, x, sigma.expand(len(x)), grid), x, sigma, sigma_next)
     return adapter.decode(x, grid)
+
+
+def draw_codes(
+    adapter: Adapter, cache: Cache, grid: Grid, generator: torch.Generator, num_steps: int
+) -> Tensor:
+    """Return codes ``[B, N]``, drawn one after the other, or unmasked in so many steps."""
+    codes = torch.full((len(cache), grid[0] * grid[1]), -1)
+    if adapter.image_policy == "tokens":
+        for step in range(codes.shape[1]):
+            logits = adapter.next_image_logits(cache, codes, step, grid)
+            codes[:, step] = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+        return codes
+    planned = reveal_steps(torch.rand(codes.shape, generator=generator), num_steps)
+    for step in range(num_steps):
+        where = planned == step
+        if where.any():
+            logits = adapter.masked_logits(cache, codes, where, grid)
+            codes[where] = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    return codes
 
 
 def written(adapter: Any, texts: Sequence[str]) -> list[TextSegment]:

@@ -117,6 +117,25 @@ def noisy_image(clean: Tensor, sigmas: Tensor, noise: Tensor, grid: Grid) -> Ima
     )
 
 
+def partly_masked(codes: Tensor, grid: Grid, generator: torch.Generator) -> TokenImageSegment:
+    """Return an image whose masked codes are to be scored in one step, behind those that are known.
+
+    A share ``cos(pi u / 2)`` of the codes is masked, ``u`` uniform; at least one.
+
+    Source: Show-o, https://arxiv.org/abs/2408.12528, its training.
+
+    Args:
+        codes: ``[N]`` int64.
+        grid: ``(h, w)``.
+        generator: of the draws.
+    """
+    share = math.cos(math.pi / 2 * float(torch.rand((), generator=generator)))
+    count = max(1, round(share * len(codes)))
+    masked = torch.randperm(len(codes), generator=generator)[:count]
+    step = torch.zeros_like(codes).scatter(0, masked, 1)
+    return TokenImageSegment(tokens=codes, grid=grid, step=step, window=(1, 2))
+
+
 class Lessons:
     """Draws batches of what the teacher says and draws."""
 
@@ -131,6 +150,14 @@ class Lessons:
         self.questions = questions("train")
         pixels, labels = load_digits("train")
         self.by_digit = [adapter.encode(pixels[labels == digit]) for digit in range(10)]
+
+    def codes(self, clean: Tensor) -> TokenImageSegment:
+        """Return an image of codes to be scored: all of them, or those that a draw leaves masked."""
+        image = TokenImageSegment(tokens=clean, grid=self.grid)
+        if self.adapter.image_policy == "masked":
+            image = partly_masked(clean, self.grid, self.generator)
+        image.log_prob = torch.zeros(len(image.scored))
+        return image
 
     def batch(self, size: int) -> tuple[list[Trajectory], list[Tensor]]:
         """Return trajectories, and of continuous images the target velocities ``[K, N, C]`` each."""
@@ -149,8 +176,7 @@ class Lessons:
             clean = images[int(self.rng.integers(len(images)))]
             image: ImageSegment | TokenImageSegment
             if noise is None or sigmas is None:
-                zeros = torch.zeros(len(clean))
-                image = TokenImageSegment(tokens=clean, grid=self.grid, log_prob=zeros)
+                image = self.codes(clean)
             else:
                 image = noisy_image(clean, sigmas[i], noise[i], self.grid)
                 targets.append(noise[i] - clean)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import JanusConfig
 
-from lightning_unigrpo.adapter import Footprint, ImageLogits, token_log_probs
+from lightning_unigrpo.adapter import Footprint, ImagePolicy, token_log_probs
 from lightning_unigrpo.adapters.common.adapter import DecoderAdapter, Image
 from lightning_unigrpo.adapters.common.attention import NextWord
 from lightning_unigrpo.adapters.common.cache import DecoderCache
@@ -89,7 +89,7 @@ class JanusProAdapter(DecoderAdapter):
     """
 
     net: JanusProNet
-    image_policy: ClassVar[Literal["flow", "tokens"]] = "tokens"
+    image_policy: ClassVar[ImagePolicy] = "tokens"
 
     def __init__(
         self,
@@ -348,7 +348,7 @@ class JanusProAdapter(DecoderAdapter):
     @torch.no_grad()
     def next_image_logits(  # type: ignore[override]
         self, cache: DecoderCache, tokens: Tensor, step: int, grid: Grid
-    ) -> ImageLogits:
+    ) -> Tensor:
         """Feed the begin mark (step 0), or the code just drawn, to all rows; a later segment drops it all."""
         rows = torch.arange(len(cache), device=self.device)
         if step == 0:
@@ -362,7 +362,7 @@ class JanusProAdapter(DecoderAdapter):
         logits: Tensor = self.net(pack, NextWord(cache, rows))[1]
         one = torch.ones_like(rows)
         cache.advance(one, one, most=1)
-        return ImageLogits(logits.unsqueeze(1), torch.full_like(rows, step).unsqueeze(1), 1)
+        return logits
 
     def guidance(self, contexts: Sequence[Sequence[Segment]]) -> DecoderCache:
         """Return contexts in which pad stands for each id but ``bos`` and ``begin``, as long as these are."""

@@ -225,7 +225,7 @@ class ShowO2Adapter(FlowDecoderAdapter):
         return Pack.words(ids, positions, self.latent_channels)
 
     def see(self, packer: Packer, image: Any, position: int) -> int:
-        """Add the mark before an image and the image; the mark behind it follows by itself."""
+        """Add the mark before an image, and the image."""
         packer.picture(image, image.latent, image.grid, packer.open(position))
         return 1 + self.config.num_rows(image.grid)
 
@@ -235,13 +235,13 @@ class ShowO2Adapter(FlowDecoderAdapter):
         """Add k images ``[k, N, C]`` at noise levels ``[k]``, side by side, to the present sample."""
         packer.noisy(latents, sigmas, grid, packer.open(position))
 
+    def behind(self, image: Any) -> list[int]:
+        """Return the mark behind an image."""
+        return [self.config.end_of_image]
+
     def _pack(self, packer: Packer, segment: Segment, position: int, steps: slice) -> int:
         packer.go_on()
-        taken = super()._pack(packer, segment, position, steps)
-        if _is_seen(segment):
-            packer.read_on([self.config.end_of_image], position + taken)
-            taken += 1
-        return taken
+        return super()._pack(packer, segment, position, steps)
 
     def new_cache(self, num_rows: int, dtype: torch.dtype) -> ShowO2Cache:
         """Return a cache of empty contexts, its keys and values in ``dtype``."""
@@ -254,23 +254,6 @@ class ShowO2Adapter(FlowDecoderAdapter):
             dtype=dtype,
             vocab_size=config.vocab_size,
         )
-
-    def _read(self, cache: DecoderCache, segments: Sequence[Segment | None]) -> None:
-        seen = [s for s in segments if isinstance(s, ImageSegment) and s.is_context]
-        if seen:  # at once, or the mark behind would double what is reserved
-            cache.reserve(2 + max(self.config.num_rows(image.grid) for image in seen))
-        super()._read(cache, segments)
-        # In a cache an image sees all that comes with it: so the mark behind comes by itself.
-        grown = [b for b, segment in enumerate(segments) if _is_seen(segment)]
-        if not grown:
-            return
-        packer, advance = self.packer(), torch.zeros(len(segments), dtype=torch.long)
-        advance[grown] = 1
-        for position, one in zip(cache.positions.tolist(), advance.tolist(), strict=True):
-            packer.sample()
-            packer.read_on([self.config.end_of_image] * one, position)
-        logits = self.append(cache, packer, advance, grown)[0]
-        cache.logits = cache.logits.index_copy(0, self._rows(grown), logits)
 
     # ---- guidance, in evaluation
 
@@ -323,10 +306,6 @@ class ShowO2Adapter(FlowDecoderAdapter):
     def _count(self, text: str) -> int:
         # Without a tokenizer sizes are only estimated: about four letters to a token.
         return len(self.tokenizer.encode(text)) if self.tokenizer else len(text) // 4
-
-
-def _is_seen(segment: Segment | None) -> bool:
-    return isinstance(segment, ImageSegment) and segment.is_context
 
 
 def cropped(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapters.common.files import (
-    TensorFile,
-    find_shards,
-    read_header,
+    find_tensors,
     read_json,
     read_tensors,
     require_same,
@@ -28,22 +26,6 @@ from lightning_unigrpo.adapters.showo2.network import ShowO2Net
 WEIGHTS, PICKLED, CONFIG = "model.safetensors", "pytorch_model.bin", "config.json"
 EMBEDDING, HEAD = "showo.model.embed_tokens.weight", "showo.lm_head.weight"
 """Both are in the file, also where they are one weight."""
-
-
-def read_pickled_header(path: Path) -> dict[str, TensorFile]:
-    """Return names and shapes of a ``.bin`` file without reading tensors; nothing in it is run.
-
-    Raises:
-        ValueError: when the file is truncated, or holds something else than tensors.
-    """
-    try:
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        return {name: TensorFile(path, name, tuple(value.shape)) for name, value in state.items()}
-    except Exception as error:  # torch raises what it meets
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}); it is truncated or no file of tensors: "
-            "download it again."
-        ) from error
 
 
 class Checkpoint:
@@ -59,10 +41,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shards = find_shards(folder, WEIGHTS)
-        pickled = find_shards(folder, PICKLED) if not shards else []
+        self.tensors = find_tensors(folder, (WEIGHTS, PICKLED))
         missing = [CONFIG] if not (folder / CONFIG).is_file() else []
-        missing += [f"{PICKLED} (or {WEIGHTS})"] if not shards + pickled else []
+        missing += [f"{PICKLED} (or {WEIGHTS})"] if not self.tensors else []
         if missing:
             here = sorted(path.name for path in folder.iterdir())[:12]
             raise FileNotFoundError(
@@ -70,8 +51,6 @@ class Checkpoint:
                 f"holds {', '.join(here) or 'nothing'}."
             )
         self.json = read_json(folder / CONFIG)
-        self.tensors = {k: v for path in shards for k, v in read_header(path).items()}
-        self.tensors |= {k: v for path in pickled for k, v in read_pickled_header(path).items()}
 
     def check(self, net: ShowO2Net) -> None:
         """Compare names and shapes with the network's, before a byte of weights is read.
@@ -95,17 +74,7 @@ class Checkpoint:
         Args:
             wanted: what to call a tensor, to its name in the file.
         """
-        opened: dict[Path, dict[str, Tensor]] = {}
-        for name, known in wanted.items():
-            file = self.tensors[known]
-            if file.path.suffix != ".bin":
-                yield from read_tensors({name: file})
-                continue
-            if file.path not in opened:
-                opened[file.path] = torch.load(
-                    file.path, map_location="cpu", weights_only=True, mmap=True
-                )
-            yield name, opened[file.path][file.name]
+        return read_tensors({name: self.tensors[known] for name, known in wanted.items()})
 
     def fill(self, part: nn.Module, *, prefix: str = "", device: torch.device) -> None:
         """Replace what is on the meta device, one tensor in memory at a time; each keeps its dtype.

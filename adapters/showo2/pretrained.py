@@ -13,7 +13,13 @@ from torch import nn
 
 from lightning_unigrpo.adapter import SIZES_ONLY
 from lightning_unigrpo.adapters.common.files import DTYPES, copy_files, read_json
-from lightning_unigrpo.adapters.common.hub import FILES, find_folder
+from lightning_unigrpo.adapters.common.hub import (
+    FILES,
+    LANGUAGE_CONFIG,
+    TOKENIZER,
+    find_folder,
+    find_language,
+)
 from lightning_unigrpo.adapters.common.lora import merged
 from lightning_unigrpo.adapters.showo2.adapter import VAE
 from lightning_unigrpo.adapters.showo2.checkpoint import (
@@ -34,16 +40,7 @@ if TYPE_CHECKING:
 
 Diffusers: Any = AutoencoderKLWan  # its methods have no types
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-QWEN, QWEN_CONFIG = "Qwen/Qwen2.5-1.5B-Instruct", "llm_config.json"
-"""``QWEN_CONFIG`` is the language model's config.json in a folder that holds both models'."""
+QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 def open_checkpoint(
@@ -82,7 +79,9 @@ def open_checkpoint(
     weights = (*FILES, "pytorch_model*.bin")
     folder = find_folder(source, example=next(iter(RELEASES)), revision=revision, files=weights)
     checkpoint = Checkpoint(folder)
-    words, sizes = find_language(checkpoint, language, language_revision)
+    words, sizes = find_language(
+        folder, checkpoint.json, language, revision=language_revision, example=QWEN
+    )
     tokenizer = ShowO2Tokenizer.from_folder(words)
     config = ShowO2Config.from_upstream(checkpoint.json, read_json(sizes), tokenizer.marks)
     largest, size = max(tokenizer.marks.values()), config.qwen().vocab_size
@@ -105,36 +104,6 @@ def open_checkpoint(
         vae_folder=found,
         language=(words, sizes),
     )
-
-
-def find_language(
-    checkpoint: Checkpoint, language: str | Path | None, revision: str | None
-) -> tuple[Path, Path]:
-    """Return the folder of the tokenizer, and the file with the language model's sizes.
-
-    Raises:
-        FileNotFoundError: when they are not there.
-        ValueError: when nobody says which language model it is.
-    """
-    folder = checkpoint.folder
-    if language is None and (folder / QWEN_CONFIG).is_file():
-        return folder, folder / QWEN_CONFIG
-    named = language or checkpoint.json.get("llm_model_path")
-    if not named:
-        raise ValueError(
-            f"{folder / CONFIG} has no llm_model_path; give adapter.language the Qwen2.5 that the "
-            f"checkpoint was built from, such as {QWEN!r}."
-        )
-    found = find_folder(
-        named,
-        revision=revision,
-        example=QWEN,
-        key="adapter.language",
-        files=(CONFIG, *TOKENIZER),
-    )
-    if not (found / CONFIG).is_file():
-        raise FileNotFoundError(f"adapter.language {found} has no {CONFIG}.")
-    return found, found / CONFIG
 
 
 def on_meta(config: ShowO2Config, dtype: torch.dtype) -> ShowO2Net:
@@ -234,8 +203,8 @@ def save_pretrained(adapter: ShowO2Adapter, folder: str | Path) -> None:
     words, sizes = source.language
     copy_files(source.checkpoint.folder, target, (CONFIG,))
     copy_files(words, target, TOKENIZER)
-    if sizes.resolve() != (target / QWEN_CONFIG).resolve():
-        (target / QWEN_CONFIG).write_bytes(sizes.read_bytes())
+    if sizes.resolve() != (target / LANGUAGE_CONFIG).resolve():
+        (target / LANGUAGE_CONFIG).write_bytes(sizes.read_bytes())
     # Under another name first: a full disk must not leave half a file where a whole one was.
     written = target / f"{PICKLED}.tmp"
     torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()}, written)

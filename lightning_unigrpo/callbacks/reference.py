@@ -102,7 +102,9 @@ class ReferenceVelocity(UniGRPOCallback):
         if due and self._twin:
             distributed.copy_weights(module.adapter.net, self._twin[0].net)
         policy, context = self._reference(module.adapter)
-        images, texts = module.objective.needs_ref_velocity, module.objective.needs_ref_log_prob
+        objective = module.objective
+        images = objective.needs_image_reference(module.adapter.image_policy)
+        texts = objective.needs_ref_log_prob
         with torch.no_grad(), context:
             for done, batch in enumerate(module.micro_batches(experience.trajectories)):
                 if not texts:
@@ -117,7 +119,7 @@ class ReferenceVelocity(UniGRPOCallback):
                     elif isinstance(segment, ImageSegment):
                         segment.ref_velocity = next(velocity) if images else None
                     elif isinstance(segment, TokenImageSegment):
-                        segment.ref_log_prob = next(codes)
+                        segment.ref_log_prob = next(codes) if images else None
                 module.progress(
                     "reference", done + 1, module.num_micro_batches(experience.trajectories)
                 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_unigrpo.adapter import Cache
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.flow import sigma_schedule
-from lightning_unigrpo.rollout import sample_image, sample_image_tokens
+from lightning_unigrpo.rollout import sample_image
 from lightning_unigrpo.testing.report import (
     rule,
 )
@@ -97,12 +97,12 @@ def inactive_rows(s: Subject) -> float:
 
 
 @rule(
-    "velocity leaves the cache as it was",
+    "velocity, or masked_logits, leaves the cache as it was",
     mend="use scratch slots, or a copy of keys and values; advance neither lengths nor positions",
 )
 def velocity_keeps_cache(s: Subject) -> float | None:
-    """Change of a cache by asking for velocities."""
-    if not s.is_flow:
+    """Change of a cache by asking for velocities, or for logits of masked codes."""
+    if not (s.is_flow or s.is_masked):
         return None
 
     def used() -> Cache:
@@ -112,6 +112,23 @@ def velocity_keeps_cache(s: Subject) -> float | None:
         return cache
 
     return s.differ(used, lambda: s.adapter.prefill(s.contexts))
+
+
+@rule(
+    "masked_logits answers for the codes that are asked for, row by row",
+    mend="index the logits [B, N, V] with where",
+)
+def masked_where(s: Subject) -> float | None:
+    """Distance of the logits of some codes from those of all."""
+    if not s.is_masked:
+        return None
+    cache, codes = s.adapter.prefill(s.contexts), s.codes()
+    codes[:, ::2] = -1
+    every = torch.ones_like(codes, dtype=torch.bool)
+    some = codes < 0
+    some[1] = False
+    whole = s.adapter.masked_logits(cache, codes, every, s.grid).unflatten(0, codes.shape)
+    return apart(s.adapter.masked_logits(cache, codes, some, s.grid), whole[some])
 
 
 @rule(
@@ -157,7 +174,6 @@ def extend_after_drawing(s: Subject) -> float | None:
     """Distance between draw, then extend, and prefill."""
     if s.rounds < 2:
         return None
-    num = s.grid[0] * s.grid[1]
     pictures: list[Segment] = []
 
     def walked() -> Cache:
@@ -166,8 +182,7 @@ def extend_after_drawing(s: Subject) -> float | None:
             s.image_output(cache)
             pictures[:] = s.pictures()
         else:
-            uniforms = torch.linspace(0, 0.99, 3 * num, device=s.device).view(3, num)
-            drawn = sample_image_tokens(s.adapter, cache, uniforms, s.grid, temperature=1.0)
+            drawn = s.image_codes(cache)
             pictures[:] = [s.adapter.look(replace(image, is_context=True)) for image in drawn]
         return extended(s.adapter, cache, pictures)
 

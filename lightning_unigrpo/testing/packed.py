@@ -51,24 +51,8 @@ def rollouts_run(s: Subject) -> Finding:
 
 
 @rule(
-    "every position of a discrete image is revealed exactly once, some at each step",
-    mend="return the positions that are still -1, and num_revealed >= 1 of them",
-    bound=0,
-    per_round=True,
-)
-def codes_revealed_once(s: Subject) -> int | None:
-    """Images with an open position or an idle step."""
-    if s.is_flow:
-        return None
-    images = [x for _, x in sampled(s.trajectories) if isinstance(x, TokenImageSegment)]
-    return sum(
-        bool((x.tokens < 0).any()) or x.step is None or 0 in torch.bincount(x.step) for x in images
-    )
-
-
-@rule(
     "forward gives one entry (float32) per sampled segment in walking order, entropies detached",
-    mend="walk trajectories, then segments; skip the given ones; return [L], [K, N, C] and [N]",
+    mend="walk trajectories, then segments; skip the given ones; return [L], [K, N, C] and [M]",
     bound=0,
     per_round=True,
 )
@@ -78,7 +62,9 @@ def scores_shapes(s: Subject) -> Finding:
     segments = [segment for _, segment in sampled(s.trajectories)]
     texts = [x.tokens for x in segments if isinstance(x, TextSegment)]
     flows = [x.noise for x in segments if isinstance(x, ImageSegment) and x.noise is not None]
-    codes = [x.tokens for x in segments if isinstance(x, TokenImageSegment)]
+    codes = [
+        x.log_prob for x in segments if isinstance(x, TokenImageSegment) and x.log_prob is not None
+    ]
     wrong = []
     for name, expected in (
         ("text", texts),
@@ -114,19 +100,20 @@ def batch_invariance(s: Subject) -> float:
 )
 def slices_of_steps(s: Subject) -> float | None:
     """Distance between steps one at a time and all steps."""
-    if not s.is_flow:
+    if not (s.is_flow or s.is_masked):
         return None
+    kind = "velocity" if s.is_flow else "image_tokens"
     whole = s.adapter(s.trajectories)
     parts = [s.adapter(s.trajectories, slice(k, k + 1)) for k in range(2)]
-    columns = zip(*(part.velocity for part in parts), strict=True)
-    joined = replace(parts[0], velocity=[torch.cat(steps) for steps in columns])
+    columns = zip(*(getattr(part, kind) for part in parts), strict=True)
+    joined = replace(parts[0], **{kind: [torch.cat(steps) for steps in columns]})
     nothing = s.adapter(s.trajectories, slice(0, 0))
-    if any(len(v) for v in nothing.velocity):
+    if any(len(v) for v in getattr(nothing, kind)):
         return math.nan
     return worst(
         [
             scores_apart(joined, whole),
-            scores_apart(replace(nothing, velocity=[]), text_scores(whole)),
+            scores_apart(replace(nothing, **{kind: []}), text_scores(whole)),
         ]
     )
 

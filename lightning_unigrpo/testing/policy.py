@@ -88,7 +88,7 @@ def velocities(s: Subject) -> float | None:
 
 
 @rule(
-    "next_image_logits and the packed pass give the same log-probabilities of codes",
+    "next_image_logits (or masked_logits) and the packed pass give codes the same log-probabilities",
     mend="rebuild the state of each step from tokens and step; compare places and marks",
     per_round=True,
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
 from lightning_unigrpo.config import Sampling
-from lightning_unigrpo.rollout import Start, rollout
+from lightning_unigrpo.rollout import Start, rollout, sample_image_tokens, sample_masked_image
 from lightning_unigrpo.testing.report import ATOL, COARSE, NoRolloutError
 from lightning_unigrpo.types import (
     Grid,
@@ -42,6 +42,7 @@ class Subject:
         self.wide = torch.promote_types(weight.dtype, torch.float32)
         self.atol = ATOL.get(weight.dtype, COARSE) if atol is None else atol
         self.is_flow = adapter.image_policy == "flow"
+        self.is_masked = adapter.image_policy == "masked"
         self._drawn: dict[int, list[Trajectory] | None] = {}
 
     @property
@@ -141,7 +142,24 @@ class Subject:
             return self.adapter.velocity(cache, self.noise(rows), sigma, self.grid)
         num = self.grid[0] * self.grid[1]
         codes = torch.full((len(rows), num), -1, device=self.device)
-        return self.adapter.next_image_logits(cache, codes, 0, self.grid).logits
+        if not self.is_masked:
+            return self.adapter.next_image_logits(cache, codes, 0, self.grid)
+        where = torch.ones_like(codes, dtype=torch.bool)
+        logits = self.adapter.masked_logits(cache, codes, where, self.grid)
+        return logits.view(len(rows), num, -1)
+
+    def image_codes(self, cache: Cache) -> list[TokenImageSegment]:
+        """Draw discrete images."""
+        num = self.grid[0] * self.grid[1]
+        uniforms = torch.linspace(0, 0.99, len(cache) * 2 * num, device=self.device)
+        uniforms = uniforms.view(len(cache), 2, num)
+        if not self.is_masked:
+            return sample_image_tokens(
+                self.adapter, cache, uniforms[:, 0], self.grid, temperature=1.0
+            )
+        return sample_masked_image(
+            self.adapter, cache, uniforms, self.grid, num_steps=3, temperature=1.0
+        )
 
     def asked(self, build: Build, rows: Sequence[int] | None = None) -> list[Tensor]:
         """Return what caches know: logits of a new text, word by word, and of an image."""
