@@ -47,7 +47,7 @@ from lightning_unigrpo.adapters.bagel.lora import LoRA
 from lightning_unigrpo.adapters.bagel.network import MLP
 from lightning_unigrpo.adapters.digits import DigitReward, DigitsAdapter
 from lightning_unigrpo.callbacks import Experience, UniGRPOCallback
-from tests.families import CodeDigits, FlowDigits
+from tests.families import CodeDigits, FlowDigits, MaskedDigits
 from tests.materialize import Watch, now
 from tests.published import SENTENCES
 from tests.ranks import CPUFSDPStrategy, trainer_of
@@ -227,6 +227,7 @@ CASES = {
     # One decoder for words and images, of transformers.
     "janusflow": Case(**(DIGITS | {"build": lambda folder: seeded(FlowDigits)})),
     "januspro": Case(**(DIGITS | {"build": lambda folder: seeded(CodeDigits)})),
+    "showo": Case(**(DIGITS | {"build": lambda folder: seeded(MaskedDigits)})),
     "flow": Case(build=lambda folder: ToyFlow(), **TOY),
     "tokens": Case(build=lambda folder: ToyTokens(), **TOY),
     "masked": Case(build=lambda folder: ToyMasked(), **TOY),

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 PROMPT = "{prompt}"
 """Where the prompt's words stand in the request."""
-PIXELS = 16
-"""Image pixels per side of one code."""
+STRIDE = 16
+"""Image pixels per side of one code, where no VQ model says so."""
 
 
 class Tokenizer(Protocol):
@@ -216,7 +216,7 @@ class ShowOAdapter(DecoderAdapter):
         Raises:
             ValueError: when another size is asked for.
         """
-        size = self.config.side * PIXELS
+        size = self.config.side * (STRIDE if self.vq is None else self.vq.stride)
         if prompt.size not in (None, (size, size)):
             raise ValueError(
                 f"Prompt.size is {prompt.size}; this model draws {(size, size)} only: give that, or leave it "
