@@ -15,9 +15,14 @@ from lightning_unigrpo import Prompt
 from lightning_unigrpo.adapters.digits import DigitReward
 from lightning_unigrpo.adapters.digits.images import load_digits
 from lightning_unigrpo.testing import check_adapter
-from tests.families import CodeDigits, FlowDigits, TwoStackDigits, codebook
+from tests.families import CodeDigits, FlowDigits, MaskedDigits, TwoStackDigits, codebook
 
-BUILDS = {"janusflow": FlowDigits, "januspro": CodeDigits, "showo2": TwoStackDigits}
+BUILDS = {
+    "janusflow": FlowDigits,
+    "januspro": CodeDigits,
+    "showo2": TwoStackDigits,
+    "showo": MaskedDigits,
+}
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 
@@ -40,7 +45,7 @@ def test_pictures_survive_their_encoding(family: str) -> None:
     images = adapter.decode(encoded, adapter.image_grid(Prompt(text="")))
     read = DigitReward()(images=images, answer=labels.tolist())
     assert float(read.mean()) > 0.93
-    if family == "januspro":
+    if family in ("januspro", "showo"):
         assert encoded.shape == (len(pixels), 16)
         assert torch.equal(adapter.encode(images[:, 0] * 2 - 1), encoded)
         assert len(codebook()) == int(encoded.max()) + 1
