@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lightning_unigrpo.adapters.common.conversation import conversation
 from lightning_unigrpo.adapters.common.flow_adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.lora import LowRank
 from lightning_unigrpo.adapters.common.pictures import PictureProcessor
+from lightning_unigrpo.adapters.common.tokenizer import Tokenizer
 from lightning_unigrpo.adapters.janusflow.config import JanusFlowConfig
 from lightning_unigrpo.adapters.janusflow.footprint import Rows, footprint
 from lightning_unigrpo.adapters.janusflow.network import JanusFlowNet, Pack
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
 PICTURE = "\x00"
 """Where a picture stands in a conversation that is still text."""
 VAE = "stabilityai/sdxl-vae"
-
-
-class Tokenizer(Protocol):
-    """What the adapter needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without marks but those written in it."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
 
 
 class JanusFlowAdapter(FlowDecoderAdapter):

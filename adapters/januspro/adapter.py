@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.conversation import conversation
 from lightning_unigrpo.adapters.common.lora import LowRank
 from lightning_unigrpo.adapters.common.pictures import PictureProcessor
+from lightning_unigrpo.adapters.common.tokenizer import Tokenizer
 from lightning_unigrpo.adapters.januspro.config import Marks
 from lightning_unigrpo.adapters.januspro.footprint import Rows, footprint
 from lightning_unigrpo.adapters.januspro.network import FLOW_MODULES, JanusProNet, Pack
@@ -39,16 +40,6 @@ if TYPE_CHECKING:
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 PICTURE, PROMPT = "\x00", "{prompt}"
 """Where a picture stands in a conversation that is still text, and the prompt in the request."""
-
-
-class Tokenizer(Protocol):
-    """What the adapter needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without marks but those written in it."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
 
 
 class JanusProAdapter(DecoderAdapter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lightning_unigrpo.adapters.common.adapter import DecoderAdapter, Image
 from lightning_unigrpo.adapters.common.attention import CachedAttention
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
+from lightning_unigrpo.adapters.common.tokenizer import Tokenizer
 from lightning_unigrpo.adapters.showo.cache import ShowOCache
 from lightning_unigrpo.adapters.showo.config import VQ, ShowOConfig
 from lightning_unigrpo.adapters.showo.footprint import Rows, footprint
@@ -38,16 +39,6 @@ PROMPT = "{prompt}"
 """Where the prompt's words stand in the request."""
 STRIDE = 16
 """Image pixels per side of one code, where no VQ model says so."""
-
-
-class Tokenizer(Protocol):
-    """What the adapter needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without marks but those written in it."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
 
 
 class ShowOAdapter(DecoderAdapter):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+from lightning_unigrpo.adapters.common.tokenizer import MarkedTokenizer, read_tokenizer
 from lightning_unigrpo.adapters.showo.config import PHI
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,8 +33,8 @@ MARKS = {
 }
 
 
-class ShowOTokenizer:
-    """A tokenizer as the adapter uses it: ids of plain text, no template.
+class ShowOTokenizer(MarkedTokenizer):
+    """phi-1.5's tokenizer.
 
     Args:
         tokenizer: phi-1.5's; gets the marks that it lacks.
@@ -43,14 +44,10 @@ class ShowOTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        if END_OF_TEXT not in tokenizer.get_vocab():
-            raise ValueError(
-                f"The tokenizer lacks {END_OF_TEXT}: give adapter.language the phi-1.5 that the checkpoint "
-                f"was built from, {PHI!r}."
-            )
         tokenizer.add_special_tokens({"pad_token": PAD})
         tokenizer.add_tokens(list(ADDED))
+        hint = f"give adapter.language the phi-1.5 that the checkpoint was built from, {PHI!r}."
+        super().__init__(tokenizer, MARKS, hint=hint)
         self.num_words = tokenizer.get_vocab()[PAD]
         """Ids below it are no marks of Show-o's."""
 
@@ -61,24 +58,7 @@ class ShowOTokenizer:
         Raises:
             FileNotFoundError: when there are none.
         """
-        try:
-            found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise FileNotFoundError(
-                f"adapter.language {folder} holds no tokenizer that transformers reads (tokenizer.json and "
-                f"tokenizer_config.json): {error}"
-            ) from error
-        return cls(found)
-
-    @property
-    def marks(self) -> dict[str, int]:
-        """Ids of ``bos``, ``eos``, ``pad``, ``begin_image``, ``end_image`` and ``task``."""
-        known = self.tokenizer.get_vocab()
-        return {key: known[name] for key, name in MARKS.items()}
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; marks that are written in it are one id each."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return cls(read_tokenizer(folder, key="adapter.language"))
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, marks left out."""

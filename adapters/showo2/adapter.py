@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lightning_unigrpo.adapter import Footprint
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
 from lightning_unigrpo.adapters.common.flow_adapter import FlowDecoderAdapter
+from lightning_unigrpo.adapters.common.tokenizer import Tokenizer
 from lightning_unigrpo.adapters.showo2.cache import ShowO2Cache
 from lightning_unigrpo.adapters.showo2.config import ShowO2Config
 from lightning_unigrpo.adapters.showo2.footprint import Rows, footprint
@@ -30,16 +31,6 @@ PICTURE = "\x00"
 """Where a picture stands in a prompt that is still text."""
 VAE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 TURN, END = "<|im_start|>", "<|im_end|>"
-
-
-class Tokenizer(Protocol):
-    """What the adapter needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without marks but those written in it."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
 
 
 class ShowO2Adapter(FlowDecoderAdapter):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
+
+from lightning_unigrpo.adapters.common.tokenizer import MarkedTokenizer, read_tokenizer
 
 PAD = "[PAD]"
 ADDED = ("<image>", "<|vid_start|>", "<|vid_end|>")
@@ -17,8 +19,8 @@ MARKS = {
 }
 
 
-class ShowO2Tokenizer:
-    """A tokenizer as the adapter uses it: ids of plain text, no template.
+class ShowO2Tokenizer(MarkedTokenizer):
+    """Qwen2.5's tokenizer.
 
     Args:
         tokenizer: Qwen2.5's; gets the marks that it lacks.
@@ -28,14 +30,8 @@ class ShowO2Tokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        known = tokenizer.get_vocab()
-        lacking = [name for name in MARKS.values() if name not in known]
-        if lacking:
-            raise ValueError(
-                f"The tokenizer lacks {', '.join(lacking)}: give adapter.language the Qwen2.5-Instruct that "
-                "the checkpoint was built from."
-            )
+        hint = "give adapter.language the Qwen2.5-Instruct that the checkpoint was built from."
+        super().__init__(tokenizer, MARKS, hint=hint)
         tokenizer.add_special_tokens({"pad_token": PAD})
         tokenizer.add_tokens(list(ADDED))
 
@@ -46,25 +42,4 @@ class ShowO2Tokenizer:
         Raises:
             FileNotFoundError: when there are none.
         """
-        try:
-            found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise FileNotFoundError(
-                f"adapter.language {folder} holds no tokenizer that transformers reads (tokenizer.json and "
-                f"tokenizer_config.json): {error}"
-            ) from error
-        return cls(found)
-
-    @property
-    def marks(self) -> dict[str, int]:
-        """Ids of ``bos``, ``eos``, ``begin_of_image`` and ``end_of_image``."""
-        known = self.tokenizer.get_vocab()
-        return {key: known[name] for key, name in MARKS.items()}
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; marks that are written in it are one id each."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return cls(read_tokenizer(folder, key="adapter.language"))
