@@ -2,7 +2,7 @@ PYTHON ?= python
 # Nothing here needs a network: weights and data come with the packages.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-families bench-iteration bench-rollout bench-scaling docs clean
+.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-scaling docs clean
 
 demo:  ## train the built-in digits model on the CPU
 	unigrpo fit --config configs/digits.yaml
@@ -15,8 +15,8 @@ lint:  ## format, lint, types
 check: lint  ## what every commit passes: lint, fast tests, doctests, import direction
 	$(PYTHON) -m pytest
 
-test: lint  ## everything that runs on a CPU, slow tests included
-	$(PYTHON) -m pytest -m "not gpu"
+test: lint  ## everything that runs on a CPU, slow tests included, in two processes
+	$(PYTHON) -m pytest -m "not gpu" -n 2 --dist loadfile
 
 test-gpu:  ## skips cleanly where there is none
 	$(PYTHON) -m pytest -m gpu
@@ -25,7 +25,7 @@ fix:  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: bench-digits bench-families bench-iteration bench-rollout bench-communication bench-scaling
+bench: bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-communication bench-scaling
 
 bench-communication:  ## bytes between ranks, counted over gloo on 2 and 4 processes
 	$(PYTHON) -m benchmarks.communication --out benchmarks/results/communication.json
@@ -38,6 +38,12 @@ bench-families:  ## tiny models of other families learn the digits; 15 minutes o
 
 bench-iteration:
 	$(PYTHON) benchmarks/iteration.py
+
+bench-ocr:  ## a policy learns to write from an OCR engine alone; 8 minutes of one core
+	$(PYTHON) -m benchmarks.ocr
+
+bench-rewards:  ## rewards over the network: beside the rollout, and when the service fails; 3 minutes on two cores
+	$(PYTHON) -m benchmarks.rewards --out benchmarks/results/rewards.json
 
 bench-rollout:
 	$(PYTHON) benchmarks/rollout.py

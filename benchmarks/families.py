@@ -4,10 +4,10 @@
     python -m benchmarks.families ablation       # joint, text only, image only; 3 seeds each
     python -m benchmarks.families figures        # the table and the picture
 
-The task, the imperfect teacher and the reward are those of the digits model (``benchmarks/digits.py``);
-the networks are the published architectures at 0.1 to 0.3 million parameters. JanusFlow and Show-o2 draw 8 x 8
-pixels as their latent, Janus-Pro and Show-o sixteen codes of 2 x 2 pixels. Bases are not shipped: they take one
-to four minutes each.
+The task, the imperfect teacher and the reward are those of the digits model (``benchmarks/digits.py``); the
+networks are the published architectures at 0.1 to 0.3 million parameters. JanusFlow and Show-o2 draw 8 x 8
+pixels as their latent, Janus-Pro and Show-o sixteen codes of 2 x 2 pixels. Bases are not shipped: they take
+one to four minutes each.
 Every run trains on training tuples only and is measured on the *test* tuples; settings were chosen on the
 development tuples.
 """

@@ -1,6 +1,7 @@
 """The command line: ``unigrpo fit|validate|test|predict|estimate --config configs/digits.yaml``.
 
-``unigrpo consolidate FOLDER`` makes one file of a checkpoint that several ranks wrote.
+``unigrpo consolidate FOLDER`` makes one file of a checkpoint that several ranks wrote;
+``unigrpo serve-reward --config serve.yaml`` puts a reward behind HTTP.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
@@ -192,6 +194,20 @@ def run_consolidate(args: Sequence[str]) -> Path:
     return file
 
 
+def run_serve(args: Sequence[str]) -> None:
+    """Run ``unigrpo serve-reward``: the arguments of :func:`lightning_unigrpo.serve.build`, flat."""
+    from lightning_unigrpo import serve
+
+    parser = jsonargparse.ArgumentParser(prog="unigrpo serve-reward", exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(serve.build, skip={"limits"}, sub_configs=True)
+    limits = parser.add_class_arguments(serve.Limits)
+    known = parser.instantiate(parser.parse_args(args)).as_dict()
+    known.pop("config")
+    settings = serve.Limits(**{name: known.pop(name) for name in limits})
+    serve.run(serve.build(**known, limits=settings))
+
+
 def main() -> None:
     """Run the command line; a mistake of the user's is one screen, not a stack of frames."""
     try:
@@ -199,6 +215,8 @@ def main() -> None:
             run_estimate(sys.argv[2:])
         elif sys.argv[1:2] == ["consolidate"]:
             run_consolidate(sys.argv[2:])
+        elif sys.argv[1:2] == ["serve-reward"]:
+            run_serve(sys.argv[2:])
         else:
             run()
     except (ArgumentError, ValueError, OSError, RuntimeError) as error:

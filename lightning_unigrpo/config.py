@@ -365,3 +365,22 @@ class Guard:
     """Largest ``rms(x_next - mean_train - std * noise) / std`` of a transition."""
     action: Literal["raise", "warn", "off"] = "raise"
     """What happens beyond a bound: stop the run, warn, or do not even measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What validation and test draw; how they draw it is in :class:`Sampling`."""
+
+    num_images: int = 1
+    """Rollouts per prompt (GenEval: 4), each with draws of its own that are the same in every evaluation."""
+    thinking: bool = True
+    """Whether texts are drawn; without them the last image of the plan follows the prompt alone."""
+    task_column: str = "tag"
+    """Column with the name of a prompt's GenEval task: its rewards are logged by task, too."""
+
+    def __post_init__(self) -> None:
+        """Refuse an evaluation of nothing."""
+        _require(
+            self.num_images >= 1,
+            f"evaluation.num_images is {self.num_images}; it must be 1 or more.",
+        )

@@ -28,23 +28,27 @@ from lightning_unigrpo.types import Defaults, Prompt
 Split = Literal["train", "val", "test", "predict"]
 FIRST_ID: dict[Split, int] = {"train": 0, "val": 10**9, "test": 2 * 10**9, "predict": 0}
 """Ids key the random draws; those of training, validation and test never meet."""
-SUFFIXES = {".txt", ".jsonl", ".json", ".csv"}
+SUFFIXES = {".txt", ".jsonl", ".json", ".csv", ".parquet"}
 PATHS = "image_paths"
 """Column with the files of a prompt's input images, which :class:`PromptDataset` reads when asked."""
 
 
-def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train") -> list[Prompt]:
+def read_prompts(
+    path: str | Path, *, first_id: int = 0, key: str = "data.train", column: str | None = None
+) -> list[Prompt]:
     """Read prompts from a file.
 
-    ``.txt``: one prompt a line. ``.jsonl``, ``.json`` (a list of records) and ``.csv``: the column
-    ``prompt`` (or ``text``) is the request; ``image`` (a path) or ``images`` (a list of them), relative
-    to the file, are input images; every other column reaches the rewards by its name, None where a
-    record lacks it.
+    ``.txt``: one prompt a line. ``.jsonl``, ``.json`` (a list of records), ``.csv`` and ``.parquet``: the
+    column ``prompt`` (or ``text``) is the request; ``image`` (a path) or ``images`` (a list of them),
+    relative to the file, are input images; every other column reaches the rewards by its name, None where
+    a record lacks it. So the files of GenEval, flow_grpo, T2I-R1 and (with ``column``) TIIF are read as
+    they are.
 
     Args:
         path: the file, UTF-8.
         first_id: id of its first prompt.
         key: the setting that named the file, for error messages.
+        column: with the request, where it is called otherwise.
 
     Raises:
         FileNotFoundError: when there is no such file, or no such image.
@@ -59,9 +63,13 @@ def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train"
     prompts = []
     for number, record in enumerate(records):
         columns, where = dict(record), f"{key}: record {number + 1} of {path}"
-        text = columns.pop("prompt", None) or columns.pop("text", None)
+        keys = ("prompt", "text") if column is None else (column,)
+        text = next((found for name in keys if (found := columns.pop(name, None))), None)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where} has no 'prompt' (or 'text'); it has {sorted(record)}.")
+            wanted = "'prompt' (or 'text')" if column is None else repr(column)
+            raise ValueError(
+                f"{where} has no {wanted}; it has {sorted(record)}. data.prompt_column names another one."
+            )
         columns |= _image_paths(columns, path.parent, where)
         prompts.append(Prompt(text=text, id=first_id + number, columns=columns))
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
@@ -70,7 +78,9 @@ def read_prompts(path: str | Path, *, first_id: int = 0, key: str = "data.train"
 
 def _records(path: Path, key: str) -> list[dict[str, Any]]:
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{key}: {path} is neither .txt, .jsonl, .json nor .csv.")
+        raise ValueError(f"{key}: {path} is neither .txt, .jsonl, .json, .csv nor .parquet.")
+    if path.suffix == ".parquet":
+        return _parquet_records(path, key)
     content = path.read_text(encoding="utf-8-sig")
     # Not splitlines: U+2028 and its like may stand inside a JSON string.
     lines = [line for line in content.split("\n") if line.strip()]
@@ -89,6 +99,20 @@ def _records(path: Path, key: str) -> list[dict[str, Any]]:
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         form = "a list of objects" if path.suffix == ".json" else "an object a line,"
         raise ValueError(f'{key}: {path} must hold {form} such as {{"prompt": "a red cube"}}.')
+    return records
+
+
+def _parquet_records(path: Path, key: str) -> list[dict[str, Any]]:
+    try:
+        from datasets import Dataset as Table
+    except ImportError as error:
+        raise ImportError(
+            f'{key}: {path} needs datasets: pip install "lightning-unigrpo[datasets]".'
+        ) from error
+    try:
+        records: list[dict[str, Any]] = Table.from_parquet(str(path), cache_dir=None).to_list()
+    except Exception as error:  # whatever pyarrow raises
+        raise ValueError(f"{key}: {path} is not valid parquet ({error}).") from error
     return records
 
 
@@ -253,6 +277,7 @@ class PromptDataModule(LightningDataModule):
         val: held-out prompts for validation, a file.
         test: held-out prompts for the final report, a file.
         predict: a file, or requests in words, separated by semicolons.
+        prompt_column: of the files, with the request where it is not called ``prompt`` or ``text``.
         prompts_per_iteration: prompts of one iteration, over all ranks (paper: 32).
         eval_batch_size: prompts drawn together in evaluation.
         seed: of the order of training prompts; ``None`` = that of the module's sampling.
@@ -267,6 +292,7 @@ class PromptDataModule(LightningDataModule):
         prompts_per_iteration: int = 32,
         eval_batch_size: int = 64,
         seed: int | None = None,
+        prompt_column: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -284,7 +310,7 @@ class PromptDataModule(LightningDataModule):
         for split, path in files.items():
             if path is not None:
                 self._prompts[split] = read_prompts(
-                    path, first_id=FIRST_ID[split], key=f"data.{split}"
+                    path, first_id=FIRST_ID[split], key=f"data.{split}", column=prompt_column
                 )
         if predict is not None:
             self._prompts["predict"] = read_requests(predict)

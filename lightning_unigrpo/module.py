@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,16 +24,15 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
 from typing_extensions import Self, override
 
 from lightning_unigrpo import distributed
 from lightning_unigrpo.adapter import Adapter
 from lightning_unigrpo.budget import GIB, MemoryBudget
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
-from lightning_unigrpo.callbacks.grouping import RolloutGrouping, penalise_truncation
+from lightning_unigrpo.callbacks.grouping import RolloutGrouping
 from lightning_unigrpo.callbacks.reference import ReferenceVelocity
 from lightning_unigrpo.callbacks.rewards import RewardLogger
 from lightning_unigrpo.checkpoint import (
@@ -49,11 +48,13 @@ from lightning_unigrpo.checkpoint import (
     notes,
     set_states,
 )
-from lightning_unigrpo.config import Guard, Objective, Optim, Sampling
+from lightning_unigrpo.config import Evaluation, Guard, Objective, Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
+from lightning_unigrpo.evaluation import Figures, plan_of
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
 from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
-from lightning_unigrpo.reward import RewardRunner, combine, reward_names, wrap
+from lightning_unigrpo.reward import RewardRunner, reward_names, wrap
+from lightning_unigrpo.rewards import CLIPScore
 from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import (
     Defaults,
@@ -77,12 +78,15 @@ class UniGRPOModule(LightningModule):
     Args:
         adapter: the backbone.
         rewards: callables of the reward protocol (:mod:`lightning_unigrpo.reward`); ``None`` takes the
-            adapter's own.
+            adapter's own, else :class:`~lightning_unigrpo.rewards.CLIPScore`, whose model is read when
+            the first collection begins.
         prompts: training prompts when ``fit`` is given no datamodule; ``None`` takes the adapter's own.
         sampling: how rollouts are drawn; ``None`` takes the adapter's defaults, else the paper's.
         objective: what is maximised; likewise.
         optim: how; likewise.
         guard: bounds of the on-policy check.
+        evaluation: what validation and test draw.
+        eval_rewards: what they score with; ``None`` = with the rewards of training.
     """
 
     automatic_optimization: bool
@@ -96,6 +100,8 @@ class UniGRPOModule(LightningModule):
         objective: Objective | None = None,
         optim: Optim | None = None,
         guard: Guard | None = None,
+        evaluation: Evaluation | None = None,
+        eval_rewards: list[Callable[..., Any]] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -107,6 +113,9 @@ class UniGRPOModule(LightningModule):
         self.guard = guard or Guard()
         self.iteration = 0
         self._rewards = self._choose_rewards(rewards, defaults)
+        self._eval_rewards: list[Callable[..., Any]] = (
+            [*wrap(eval_rewards)] if eval_rewards else self._rewards
+        )
         self._prompts = prompts
         self._guarded = True  # nothing sampled yet that could be compared
         self._is_configured = False
@@ -118,19 +127,8 @@ class UniGRPOModule(LightningModule):
         """``bytes`` of whole weights on each rank, and the ``seconds`` in which they were first gathered."""
         self.budget = MemoryBudget(adapter, self.sampling, self.optim)
         self._micro_batch_size = self.optim.micro_batch_size
-        names = [
-            "reward",
-            *(f"reward/{n}" for n in reward_names(self._rewards)),
-            "stopped",
-            "text_length",
-        ]
-        self.evaluation = nn.ModuleDict(
-            {
-                f"{stage}/{name}": MeanMetric(nan_strategy="ignore")
-                for stage in ("val", "test")
-                for name in names
-            }
-        )
+        self.evaluation = evaluation or Evaluation()
+        self.figures = Figures(reward_names(self._eval_rewards), self.evaluation)
         self._refuse_dropout()
 
     def _choose_rewards(
@@ -140,11 +138,12 @@ class UniGRPOModule(LightningModule):
             return list(wrap(rewards))
         if defaults is not None:
             return list(wrap(defaults.rewards))
-        raise ValueError(
-            f"{type(self.adapter).__name__} brings no reward of its own: pass rewards=[...] "
-            "(YAML: model.rewards), each a callable such as "
-            "`def reward(images, prompts, **columns): return [...]`."
+        rank_zero_warn(
+            f"{type(self.adapter).__name__} brings no reward of its own, so images are scored by CLIPScore "
+            "against their prompts. Pass rewards=[...] (YAML: model.rewards) to choose; docs/rewards.md "
+            "lists what there is."
         )
+        return list(wrap([CLIPScore()]))
 
     def _refuse_dropout(self) -> None:
         for name, child in self.adapter.net.named_modules():
@@ -226,6 +225,12 @@ class UniGRPOModule(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = self._trainable()
+        if not groups:
+            raise ValueError(
+                f"Nothing of {type(self.adapter).__name__} would be trained: its groups are "
+                f"{ {n: len(group) for n, group in self.adapter.param_groups().items()} } with "
+                f"model.optim.text_lr {self.optim.text_lr} and flow_lr {self.optim.flow_lr}."
+            )
         for name, parameters in groups.items():
             if (
                 distributed.kind_of(self.trainer.strategy) != "deepspeed"
@@ -285,15 +290,25 @@ class UniGRPOModule(LightningModule):
     ) -> Experience:
         trajectories: list[Trajectory] = []
         error: Exception | None = None
-        runner = RewardRunner(self._rewards)
+        rewards, sampling = self._rewards, replace(self.sampling, rows_per_chunk=rows)
+        if evaluate:
+            rewards = self._eval_rewards
+            sampling = replace(sampling, plan=self.evaluation_plan)
+        runner = RewardRunner(rewards, self.device)
+        try:
+            runner.prepare()
+        except Exception as raised:  # a model or a service that only this rank misses
+            error = raised
+        distributed.agree(error)  # the rollout may call the others
         try:
             with runner:
                 with self._rollout_weights():
                     for chunk in rollout(
                         self.adapter,
                         starts,
-                        replace(self.sampling, rows_per_chunk=rows),
-                        iteration=self.iteration,
+                        sampling,
+                        # The same draws in every evaluation: curves then show the policy alone.
+                        iteration=0 if evaluate else self.iteration,
                         evaluate=evaluate,
                         progress=self.progress,
                     ):
@@ -475,6 +490,11 @@ class UniGRPOModule(LightningModule):
 
     # ---- evaluation
 
+    @property
+    def evaluation_plan(self) -> tuple[Literal["text", "image"], ...]:
+        """What validation and test draw."""
+        return plan_of(self.sampling, self.evaluation)
+
     def _rows_of(self, stage: str) -> int | None:
         loaders = getattr(self.trainer, f"{stage}_dataloaders")
         data = [each.dataset for each in (loaders if isinstance(loaders, list) else [loaders])]
@@ -489,21 +509,22 @@ class UniGRPOModule(LightningModule):
         return {"experience": self._evaluate(batch, "test")}
 
     def _evaluate(self, prompts: Sequence[Prompt], stage: str) -> Experience:
-        """Draw one trajectory per prompt (greedy text, ODE, guidance if asked for) and score it."""
-        starts = [Start(prompt, prompt.id, 0) for prompt in prompts]
+        """Draw the trajectories of some prompts (greedy text, ODE, guidance if asked for) and score them."""
+        members = range(self.evaluation.num_images)
+        starts = [Start(prompt, prompt.id, m) for prompt in prompts for m in members]
         experience = self._experience(starts, self._rows_of(stage), evaluate=True)
-        scores = evaluation_values(experience, self.objective)
-        for trajectory, reward in zip(
-            experience.trajectories, scores["reward"].tolist(), strict=True
-        ):
+        rewards = self.figures.add(stage, experience, self.objective)
+        for trajectory, reward in zip(experience.trajectories, rewards.tolist(), strict=True):
             trajectory.reward = reward
-        for name, values in scores.items():
-            metric = cast(MeanMetric, self.evaluation[f"{stage}/{name}"])
-            metric.update(values)
-            self.log(
-                f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=len(prompts)
-            )
         return experience
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.figures.finish("val"))
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.figures.finish("test"))
 
     @override
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[Trajectory]:
@@ -649,20 +670,3 @@ def warn_if_rounded_away(name: str, parameters: Sequence[nn.Parameter], step: fl
             "(adapter.dtype: float32, trainer.precision: bf16-mixed), or raise the rate.",
             stacklevel=2,
         )
-
-
-def evaluation_values(experience: Experience, objective: Objective) -> dict[str, Tensor]:
-    """Return ``[n]`` values per trajectory under their names in the logs; NaN = not scorable."""
-    rewards = penalise_truncation(experience, objective.truncation_reward)
-    trajectories = experience.trajectories
-    columns = zip(experience.reward_names, rewards.unbind(1), strict=True)
-    lengths = [
-        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
-        for t in trajectories
-    ]
-    return {
-        "reward": combine(rewards, experience.reward_weights),
-        **{f"reward/{name}": column for name, column in columns},
-        "stopped": torch.tensor([float(t.stopped) for t in trajectories]),
-        "text_length": torch.tensor(lengths, dtype=torch.float32),
-    }

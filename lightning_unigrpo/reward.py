@@ -9,6 +9,9 @@ sizes differ; see :attr:`Reward.image_format`), ``prompts``, ``completions`` (th
 ``num_tokens`` (its length) and the data set's columns, each a list of B. ``None`` or NaN means *not
 scorable*: such a rollout takes no part in its group's comparison. So does one whose reward raised; a
 silent 0 would look like the worst rollout of the group.
+
+A reward that holds something large or open may have two more methods: ``prepare(device)`` is called before
+the first rollout of a collection is drawn, ``release()`` after the last score is in, on the same thread.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import asyncio
 import inspect
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Semaphore, Thread
+from threading import Lock, Thread
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
@@ -49,12 +53,14 @@ class Reward:
     required: bool = False
     """Whether a failure stops the run instead of leaving rollouts unscored."""
     batch_size: int | None = None
-    """Rollouts per call; ``None`` = those that were drawn together."""
+    """Rollouts per call; ``None`` = what the callable says (``batch_size``), else those that were drawn
+    together."""
     timeout: float | None = 120.0
     """Seconds without any answer, counted from the end of the rollout, after which what is still out is
     given up; ``None`` waits for ever. Only for rewards that run beside the rollout."""
-    concurrency: int = 1
-    """Calls at the same time; more than 1 makes it ``remote``."""
+    concurrency: int | None = None
+    """Calls at the same time; more than 1 makes it ``remote``. ``None`` = what the callable says
+    (``concurrency``), else 1."""
     remote: bool = False
     """Whether it waits for another machine: then it runs in threads while rollouts go on. True as well
     for ``async`` functions and for callables that say ``is_remote = True``."""
@@ -72,6 +78,10 @@ class Reward:
                 "class_path and init_args."
             )
         self.name = self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
+        if self.batch_size is None:
+            self.batch_size = getattr(self.fn, "batch_size", None)
+        if self.concurrency is None:
+            self.concurrency = int(getattr(self.fn, "concurrency", 1))
         for key in ("timeout", "batch_size", "concurrency"):
             value = getattr(self, key)
             if value is not None and value <= 0:
@@ -169,22 +179,40 @@ def combine(rewards: Tensor, weights: Tensor) -> Tensor:
     return torch.where(counted.any(1), total, torch.nan)
 
 
-def require_scores(rewards: Tensor, names: Sequence[str], weights: Tensor) -> None:
+PATIENCE = 3
+"""Collections in a row without any score that a reward is forgiven, once it has scored."""
+
+
+def require_scores(
+    rewards: Tensor, names: Sequence[str], weights: Tensor, silent: dict[str, int] | None = None
+) -> None:
     """Refuse a collection of which a reward that counts has scored nothing.
 
+    One that has scored before is forgiven :data:`PATIENCE` such collections in a row: a service may be
+    out for a while, and rollouts without a score change nothing.
+
     Args:
-        rewards: ``[n, m]`` float32, NaN = not scorable.
+        rewards: ``[n, m]`` float32, NaN = not scorable, over all ranks.
         names: of the m rewards.
         weights: ``[m]`` float32.
+        silent: kept up to date: for each reward that has scored before, the collections without any score
+            since then. ``None`` = nothing is forgiven.
 
     Raises:
         RuntimeError: naming the reward.
     """
+    silent = {} if silent is None else silent
     for name, column, weight in zip(names, rewards.unbind(1), weights.tolist(), strict=True):
-        if weight and not column.isfinite().any():
+        if column.isfinite().any():
+            silent[name] = 0
+            continue
+        if name in silent:
+            silent[name] += 1
+        if weight and not 0 < silent.get(name, 0) <= PATIENCE:
             raise RuntimeError(
-                f"Reward '{name}' scored none of {len(column)} rollouts (NaN, None or an error for all): "
-                "there is nothing to learn from. Check the reward, its service and model.rewards."
+                f"Reward '{name}' scored none of {len(column)} rollouts (NaN, None or an error for all)"
+                + (f", {silent[name]} collections in a row" if name in silent else "")
+                + ": there is nothing to learn from. Check the reward, its service and model.rewards."
             )
 
 
@@ -192,11 +220,15 @@ def require_scores(rewards: Tensor, names: Sequence[str], weights: Tensor) -> No
 class RewardRunner:
     """Scores a collection chunk by chunk; remote rewards work while the next chunk is drawn.
 
+    Use it as a context: rewards are prepared on entering and released on leaving.
+
     Args:
         rewards: callables or :class:`Reward`.
+        device: of the policy, for rewards that have something to place.
     """
 
     rewards: Sequence[Callable[..., Any]]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     failures: dict[str, int] = field(default_factory=dict)
     """How many rollouts each reward failed to score, by name."""
 
@@ -205,19 +237,46 @@ class RewardRunner:
         self._rewards = wrap(self.rewards)
         self.names = [str(r.name) for r in self._rewards]
         self.weights = torch.tensor([r.weight for r in self._rewards])
-        self._gates = [Semaphore(reward.concurrency) for reward in self._rewards]
+        self._aside = [_Aside(reward.concurrency or 1) for reward in self._rewards]
         self._calls: list[list[tuple[int, Future[Any]]]] = [[] for _ in self._rewards]
         self._details: dict[str, list[Tensor]] = {}
+        self._prepared = False
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Prepare the rewards, unless that was done."""
+        if not self._prepared:
+            self.prepare()
         return self
+
+    def prepare(self) -> None:
+        """Prepare the rewards; a step of its own where ranks must agree before they go on.
+
+        Raises:
+            RuntimeError: when one cannot be prepared; the others are released.
+        """
+        for reward in self._rewards:
+            prepare = getattr(reward.fn, "prepare", None)
+            try:
+                if prepare is not None:
+                    prepare(self.device)
+            except Exception as error:
+                self._release()
+                raise RuntimeError(
+                    f"Reward '{reward.name}' cannot be prepared (model.rewards): {error}"
+                ) from error
+        self._prepared = True
 
     def __exit__(self, *raised: object) -> None:
         """Call off what has not begun; a reward that hangs is not waited for."""
         for calls in self._calls:
             for _, future in calls:
                 future.cancel()
+        self._release()
+
+    def _release(self) -> None:
+        self._prepared = False
+        for reward in self._rewards:
+            _release(reward)
 
     def submit(self, trajectories: Sequence[Trajectory]) -> None:
         """Score a finished chunk now, or hand it to threads.
@@ -227,7 +286,7 @@ class RewardRunner:
         """
         columns = gather_columns(trajectories)
         images = {"tensor": columns.get("images")}
-        for reward, gate, calls in zip(self._rewards, self._gates, self._calls, strict=True):
+        for reward, aside, calls in zip(self._rewards, self._aside, self._calls, strict=True):
             chosen = reward.select(columns)
             if "images" in chosen:
                 kind = cast(ImageFormat, reward.image_format)
@@ -238,7 +297,8 @@ class RewardRunner:
             for first in range(0, len(trajectories), size):
                 part = {key: column[first : first + size] for key, column in chosen.items()}
                 count = min(size, len(trajectories) - first)
-                calls.append((count, _start(partial(reward, **part), gate, aside=reward.remote)))
+                call = partial(reward, **part)
+                calls.append((count, aside.start(call) if reward.remote else _run(Future(), call)))
 
     def finish(self, *, check: bool = True) -> tuple[Tensor, dict[str, float]]:
         """Wait for what is out and return all rewards.
@@ -292,26 +352,57 @@ class RewardRunner:
         return torch.full((count,), torch.nan)
 
 
-def _start(call: Callable[[], Any], gate: Semaphore, *, aside: bool) -> Future[Any]:
-    """Make a call here, or aside in a thread that does not keep the process from ending."""
-    future: Future[Any] = Future()
+def _release(reward: Reward) -> None:
+    """Release what a reward holds; the scores are in, and others want to be released too."""
+    release = getattr(reward.fn, "release", None)
+    try:
+        if release is not None:
+            release()
+    except Exception as error:
+        warnings.warn(f"Reward '{reward.name}' was not released: {error!r}", stacklevel=4)
 
-    def run() -> None:
-        with gate:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-                if not isinstance(error, Exception):
-                    raise
 
-    if aside:
-        Thread(target=run, daemon=True).start()
-    else:
-        run()
+def _run(future: Future[Any], call: Callable[[], Any]) -> Future[Any]:
+    """Make a call, unless it was called off, and put what comes of it into its future."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
     return future
+
+
+class _Aside:
+    """Makes calls in the order they came, in threads that do not keep the process from ending.
+
+    Args:
+        most: threads at the same time.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._running, self._lock = most, 0, Lock()
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    def start(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            self._waiting.append((future, call))
+            if self._running == self._most:
+                return future
+            self._running += 1
+        Thread(target=self._work, daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                future, call = self._waiting.popleft()
+            _run(future, call)
 
 
 def _settle(futures: Iterable[Future[Any]], timeout: float | None) -> None:
@@ -391,12 +482,16 @@ def gather_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the keyword lists that rewards choose from.
 
     The data set's columns (None where a prompt lacks one); ``prompts``; ``completions``; ``num_tokens``,
-    sampled text tokens; ``images``, None where nothing was drawn; ``input_images``, those of the prompts.
+    sampled text tokens; ``images``, None where nothing was drawn; ``input_images``, those of the prompts;
+    ``metadata``, the data set's records as dictionaries.
     """
     names = dict.fromkeys(name for t in trajectories for name in t.prompt.columns)
     columns: dict[str, Any] = {
         name: [t.prompt.columns.get(name) for t in trajectories] for name in names
     }
+    columns.setdefault(
+        "metadata", [{"prompt": t.prompt.text, **t.prompt.columns} for t in trajectories]
+    )
     columns["prompts"] = [t.prompt.text for t in trajectories]
     columns["completions"] = [t.completion for t in trajectories]
     columns["num_tokens"] = [

@@ -382,10 +382,9 @@ def sample_masked_image(
                 cache, unconditional, tokens, where, grid, scale=guidance_scale
             )
         here = values if alone else values[:, step]
-        new = draw_tokens(logits, here[where], temperature)
-        drawn, score = (
-            x.masked_scatter(where, n) for x, n in zip((tokens, log_prob), new, strict=True)
-        )
+        new, scores = draw_tokens(logits, here[where], temperature)
+        drawn = tokens.masked_scatter(where, new)
+        score = log_prob.masked_scatter(where, scores.to(log_prob.dtype))
         if not alone:
             masked = num_masked(num, step, num_steps, unknown)
             known = score.masked_fill(~where, -torch.inf)

@@ -20,10 +20,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "config"),
     ("flow", "masked", "objective", "advantage"),
     ("adapter", "reward", "distributed"),
-    ("rollout", "loss", "checkpoint"),
-    ("guard", "callbacks", "data", "budget"),
+    ("rollout", "loss", "checkpoint", "metrics"),
+    ("guard", "data", "budget"),
+    ("callbacks",),
+    ("evaluation",),
     ("module",),
-    ("estimate",),
+    ("estimate", "prompts", "serve"),
     ("cli",),
 )
 LEAVES = {"adapters": 2, "rewards": 2, "testing": 3}
@@ -36,7 +38,7 @@ COMMAND_LINE = LAYER["cli"]
 VARIANTS = {("digits", "bagel")}
 """Adapter families (who, what) that are a small form of another and share its code."""
 FOLDERS = {"adapters", "rewards", "callbacks", "testing", "distributed", "checkpoint"}
-LEAF_USERS = {"adapters": COMMAND_LINE, "rewards": LAYER["module"], "testing": COMMAND_LINE}
+LEAF_USERS = {"adapters": COMMAND_LINE, "rewards": LAYER["evaluation"], "testing": COMMAND_LINE}
 TYPES_ONLY = {("callbacks", "module"), ("data", "module")}
 """Imports (who, what) that may stand under TYPE_CHECKING against the direction."""
 
@@ -180,7 +182,7 @@ def test_every_module_has_a_layer():
         ("loss", "from lightning_unigrpo import UniGRPOModule"),
         ("loss", "import lightning_unigrpo"),
         ("callbacks.rewards", "from lightning_unigrpo.module import UniGRPOModule"),
-        ("callbacks.rewards", "from ..data import PromptDataModule"),
+        ("callbacks.rewards", "from ..evaluation import Figures"),
         ("callbacks.__init__", "from lightning_unigrpo.cli import main"),
         ("data", "if TYPE_CHECKING:\n    from lightning_unigrpo.cli import main"),
         ("rollout", "if TYPE_CHECKING:\n    from lightning_unigrpo.module import UniGRPOModule"),

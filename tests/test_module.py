@@ -22,6 +22,7 @@ from lightning_unigrpo import (
     Objective,
     OnPolicyError,
     Optim,
+    Prompt,
     PromptDataModule,
     RolloutGrouping,
     Sampling,
@@ -213,6 +214,17 @@ def test_zero_learning_rate_freezes_the_group(tmp_path: Path) -> None:
     after = module.adapter.param_groups()
     assert all(torch.equal(a, b) for a, b in zip(before["text"], after["text"], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(before["flow"], after["flow"], strict=True))
+
+
+def test_without_any_reward_images_are_scored_by_clip(tmp_path: Path) -> None:
+    adapter = type("Mute", (ToyFlow,), {"defaults": lambda self: None})()
+    with pytest.warns(UserWarning, match=r"Mute brings no reward.*CLIPScore.*model\.rewards"):
+        module = UniGRPOModule(adapter)
+    prompts = PromptDataModule.from_prompts([Prompt(text="a b")], prompts_per_iteration=1)
+    assert "val/reward/CLIPScore" in module.figures  # without a network: only a run reads it
+    with pytest.raises(RuntimeError, match=r"CLIPScore\.source is 'openai/clip-vit-large-patch14'"):
+        trainer(tmp_path, 1).fit(module, prompts)
+    assert module.iteration == 0
 
 
 def test_a_user_grouping_replaces_the_default(tmp_path: Path) -> None:

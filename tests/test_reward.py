@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import nn
 
+from lightning_unigrpo.module import UniGRPOModule
 from lightning_unigrpo.reward import (
+    PATIENCE,
     MissingColumnError,
     Reward,
     RewardLengthError,
@@ -25,6 +28,8 @@ from lightning_unigrpo.reward import (
 )
 from lightning_unigrpo.rewards import SoftLength, ThinkFormat
 from lightning_unigrpo.types import Prompt, TextSegment, Trajectory
+from tests.test_module import fit, small
+from tests.toys import ToyFlow
 
 
 def trajectories(num: int = 3, sizes: tuple[int, ...] = (4,)) -> list[Trajectory]:
@@ -63,7 +68,7 @@ def test_the_signature_decides_what_is_passed() -> None:
     matrix, _ = run(some, everything)
     assert seen["images"].shape == (3, 3, 4, 4)
     assert seen["images"].dtype == torch.float32
-    assert seen["all"] == ["answer", "completions", "images", "num_tokens", "prompts"]
+    assert seen["all"] == ["answer", "completions", "images", "metadata", "num_tokens", "prompts"]
     assert matrix.tolist() == [[0, 0], [1, 0], [2, 0]]
 
 
@@ -348,6 +353,139 @@ def test_a_collection_without_scores_is_refused_only_where_they_count() -> None:
     require_scores(table, ["logged", "counts"], torch.tensor([0.0, 1.0]))
     with pytest.raises(RuntimeError, match="'logged' scored none of 2"):
         require_scores(table, ["logged", "counts"], torch.tensor([1.0, 1.0]))
+
+
+def test_a_reward_that_has_scored_is_forgiven_a_few_silent_collections() -> None:
+    nothing, something = torch.full((2, 1), torch.nan), torch.tensor([[torch.nan], [1.0]])
+    weights, silent = torch.ones(1), dict[str, int]()
+    with pytest.raises(RuntimeError, match=r"for all\): there"):
+        require_scores(nothing, ["r"], weights, silent)  # it has never scored
+    for _ in range(2):  # a score makes good for all silence before
+        require_scores(something, ["r"], weights, silent)
+        for _ in range(PATIENCE):
+            require_scores(nothing, ["r"], weights, silent)
+    with pytest.raises(RuntimeError, match=f"{PATIENCE + 1} collections in a row"):
+        require_scores(nothing, ["r"], weights, silent)
+
+
+class Model:
+    """Holds something; writes down what happens to it."""
+
+    def __init__(self, name: str, diary: list[str], fails: str = "") -> None:
+        self.__name__, self.diary, self.fails = name, diary, fails
+
+    def prepare(self, device: torch.device) -> None:
+        self.note(f"prepare {device}")
+
+    def release(self) -> None:
+        self.note("release")
+
+    def note(self, what: str) -> None:
+        self.diary.append(f"{self.__name__}: {what}")
+        if self.fails and self.fails in what:
+            raise OSError("no weights")
+
+    def __call__(self, answer: list[int]) -> list[int]:
+        self.note("score")
+        return answer
+
+
+def test_rewards_are_prepared_before_a_collection_and_released_after_it() -> None:
+    diary: list[str] = []
+    with RewardRunner([Model("a", diary), Model("b", diary)], torch.device("meta")) as runner:
+        diary.append("draw")
+        runner.submit(trajectories())
+        runner.finish()
+    assert diary == [
+        *("a: prepare meta", "b: prepare meta", "draw"),
+        *("a: score", "b: score", "a: release", "b: release"),
+    ]
+
+
+def test_a_reward_that_cannot_be_prepared_stops_before_anything_is_drawn() -> None:
+    diary: list[str] = []
+    rewards = [Model("a", diary), Model("b", diary, fails="prepare"), Model("c", diary)]
+    runner = RewardRunner(rewards)
+    with pytest.raises(RuntimeError, match=r"'b' cannot be prepared \(model.rewards\): no weights"):
+        runner.__enter__()
+    assert diary[:2] == ["a: prepare cpu", "b: prepare cpu"]
+    assert diary[2:] == ["a: release", "b: release", "c: release"]
+
+
+def test_ranks_agree_that_rewards_are_prepared_before_they_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that stopped alone would leave the others waiting in the rollout."""
+    diary: list[str] = []
+
+    def agree(error: Exception | None) -> None:
+        diary.append(f"agree on {type(error).__name__}")
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("lightning_unigrpo.distributed.agree", agree)
+    monkeypatch.setattr(ToyFlow, "tokenize", lambda *_: pytest.fail("drawn"))
+    module = UniGRPOModule(
+        ToyFlow(), rewards=[Model("a", diary, fails="prepare")], sampling=small()
+    )
+    with pytest.raises(RuntimeError, match="'a' cannot be prepared"):
+        fit(tmp_path, module, 1)
+    assert diary == ["a: prepare cpu", "a: release", "agree on RuntimeError"]
+
+
+def test_a_reward_that_cannot_be_released_costs_no_scores() -> None:
+    diary: list[str] = []
+    with pytest.warns(UserWarning, match="'a' was not released: .*no weights"):
+        matrix, _ = run(Model("a", diary, fails="release"), Model("b", diary))
+    assert matrix.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert diary[-1] == "b: release"
+
+
+def test_rewards_are_released_when_drawing_fails() -> None:
+    diary: list[str] = []
+    with pytest.raises(KeyError), RewardRunner([Model("a", diary)]):
+        raise KeyError
+    assert diary == ["a: prepare cpu", "a: release"]
+
+
+def test_a_callable_may_say_how_it_is_called() -> None:
+    class Service:
+        batch_size = 2
+        concurrency = 3
+
+        def __call__(self, answer: list[int]) -> list[int]:
+            return answer
+
+    said, told = Reward(Service()), Reward(Service(), batch_size=5, concurrency=1)
+    assert (said.batch_size, said.concurrency, said.remote) == (2, 3, True)
+    assert (told.batch_size, told.concurrency, told.remote) == (5, 1, False)
+    assert Reward(lambda answer: answer).concurrency == 1
+    with pytest.raises(ValueError, match=r"Reward.batch_size of 'Service' is 0"):
+        Reward(Service(), batch_size=0)
+
+
+def test_many_calls_share_few_threads() -> None:
+    gate, before = threading.Event(), threading.active_count()
+
+    def slow(answer: list[int]) -> list[int]:
+        assert gate.wait(5)
+        return answer
+
+    with RewardRunner([Reward(slow, batch_size=1, concurrency=3)]) as runner:
+        runner.submit(trajectories(200))
+        assert threading.active_count() - before == 3
+        gate.set()
+        assert runner.finish()[0].flatten().tolist() == list(range(200))
+
+
+def test_records_of_the_data_set_are_offered_whole() -> None:
+    rows = trajectories(2)
+    assert gather_columns(rows)["metadata"] == [
+        {"prompt": "p0", "answer": 0},
+        {"prompt": "p1", "answer": 1},
+    ]
+    rows[0].prompt = Prompt(text="p", id=0, columns={"metadata": "its own"})
+    assert gather_columns(rows[:1])["metadata"] == ["its own"]
 
 
 def test_waiting_rewards_run_aside() -> None:

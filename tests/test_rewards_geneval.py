@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, SwinConfig
+from transformers import Mask2FormerConfig, SwinConfig
 from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
 
 from lightning_unigrpo.reward import Reward, read_scores
@@ -28,6 +28,7 @@ from lightning_unigrpo.rewards.geneval import (
     partial_score,
     relations,
 )
+from tests.clips import inputs, reference, write_clip
 
 SHARED = Path(__file__).parents[2] / "shared" / "rewards" / "data"
 Box = tuple[float, float, float, float]
@@ -453,49 +454,17 @@ def tiny_mask2former() -> Any:
     return Mask2Former(config)
 
 
-class Letters:
-    """A processor of CLIP's form: a byte a token, pictures of 8 x 8."""
-
-    def __call__(self, text: Any = None, images: Any = None, **_: Any) -> dict[str, Tensor]:
-        if text is not None:
-            rows = [[1, *(2 + ord(c) % 60 for c in t[:30]), 63] for t in text]
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], True, 63)
-            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        import numpy as np
-
-        small = [torch.from_numpy(np.array(i.resize((8, 8)))) for i in images]
-        return {"pixel_values": torch.stack(small).permute(0, 3, 1, 2).float() / 255}
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
-def tiny_clip() -> Any:
-    text = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 40,
-        "eos_token_id": 63,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-    }
-    torch.manual_seed(0)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-
-
-def test_random_networks_run_through_the_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_networks_run_through_the_whole_path(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pictures of two sizes, one by one as together; scores are numbers in [0, 1]."""
     monkeypatch.setattr(detection, "SHORT", 64)
-    detector, colors = (
-        Mask2FormerDetector(model=tiny_mask2former()),
-        CLIPColors(model=tiny_clip(), processor=Letters()),
-    )
+    detector, colors = Mask2FormerDetector(model=tiny_mask2former()), CLIPColors(str(clip))
     generator = torch.Generator().manual_seed(0)
     pictures = [torch.rand(3, h, w, generator=generator) for h, w in ((40, 40), (40, 56), (40, 40))]
     together = detector(pictures)
@@ -515,28 +484,29 @@ def test_random_networks_run_through_the_whole_path(monkeypatch: pytest.MonkeyPa
     reward.release()
 
 
-def test_a_color_is_the_likeliest_mean_of_templates() -> None:
-    """By hand, for several classes and pictures; more than one colour comes up."""
-    colors, every = CLIPColors(model=tiny_clip(), processor=Letters()), set()
-    clip, letters = colors.model.eval(), colors.processor
-    generator = torch.Generator().manual_seed(0)
+def test_a_color_is_the_likeliest_mean_of_templates(clip: Path) -> None:
+    """By hand, each text alone, for several classes and pictures; more than one colour comes up."""
+    colors, every = CLIPColors(str(clip)), set()
+    model, generator = reference(clip), torch.Generator().manual_seed(0)
     for name in ("cat", "bus", "wine glass", "tv"):
         means = {}
         for color in COLORS:
             words = [t.format(color=color, name=name) for t in detection.TEMPLATES]
+            read = inputs(clip, torch.rand(1, 3, 40, 40), words)
             with torch.no_grad():
-                each = clip.get_text_features(**letters(text=words)).pooler_output
+                each = torch.cat(
+                    [model.get_text_features(ids).pooler_output for ids in read["tokens"]]
+                )
             mean = (each / each.norm(dim=-1, keepdim=True)).mean(0)
             means[color] = mean / mean.norm()
         for _ in range(6):
             picture = torch.rand(3, 1, 1, generator=generator).expand(3, 40, 40).contiguous()
             with torch.no_grad():
-                read = letters(images=[detection.to_pil(picture)])["pixel_values"]
-                seen = clip.get_image_features(pixel_values=read).pooler_output[0]
+                pixels = inputs(clip, picture[None], [])["pixels"]
+                seen = model.get_image_features(pixel_values=pixels).pooler_output[0]
             shares = {color: float(seen @ mean) for color, mean in means.items()}
-            expected = max(shares, key=shares.__getitem__)
             (named,) = colors(picture, name, [Detection((0, 0, 40, 40), 1.0)])
-            assert named == expected
+            assert named == max(shares, key=shares.__getitem__)
             every.add(named)
     assert len(every) > 1
 

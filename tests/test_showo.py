@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.showo import LoRA, ShowOAdapter, ShowONet, packing
-from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.config import Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.module import UniGRPOModule
 from lightning_unigrpo.rollout import Start, rollout
@@ -300,6 +300,28 @@ def test_a_data_set_is_looked_through_before_anything_is_drawn() -> None:
     data = PromptDataModule.from_prompts(prompts, prompts_per_iteration=2)
     with pytest.raises(ValueError, match="Prompt '1 2 3 4 5' takes 5 tokens"):
         trainer.fit(module, data)
+
+
+def test_a_group_without_weights_is_named_when_the_other_is_frozen() -> None:
+    """Everything is in the text group: a rate of 0 there leaves nothing."""
+    from lightning.pytorch import Trainer
+
+    module = UniGRPOModule(
+        build(max_prompt_tokens=20),
+        prompts=PROMPTS[:1],
+        rewards=[lambda images, **_: [0.0] * len(images)],
+        sampling=Sampling(max_text_tokens=6),
+        optim=Optim(text_lr=0.0, flow_lr=1e-3),
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        max_steps=1,
+    )
+    with pytest.raises(ValueError, match=r"'flow': 0.*text_lr 0\.0 and flow_lr 0\.001"):
+        trainer.fit(module)
 
 
 def test_what_the_layout_has_no_place_for(adapter: Tiny) -> None:

@@ -74,10 +74,7 @@ class ReferenceVelocity(UniGRPOCallback):
     def _snapshot(self, trainer: Trainer, module: UniGRPOModule) -> None:
         """Freeze a copy of the network, sharded alike, behind an adapter that shares everything else."""
         adapter = module.adapter
-        twin = copy.copy(adapter)
-        twin._modules = dict(adapter._modules)
-        # DeepSpeed puts hooks on the policy's adapter, which are none of the reference's.
-        twin.__dict__ |= {k: type(v)() for k, v in vars(adapter).items() if k.endswith("_hooks")}
+        twin = beside(adapter)
         if module.skeleton:
             twin.net = copy.deepcopy(module.skeleton[0]).requires_grad_(False)
             twin.net = distributed.shard(
@@ -141,6 +138,15 @@ class ReferenceVelocity(UniGRPOCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict.get("net")
+
+
+def beside(adapter: Adapter) -> Adapter:
+    """Return an adapter that shares everything with another, to be given a network of its own."""
+    twin = copy.copy(adapter)
+    twin._modules = dict(adapter._modules)
+    # DeepSpeed puts hooks on the policy's adapter, which are none of the reference's.
+    twin.__dict__ |= {k: type(v)() for k, v in vars(adapter).items() if k.endswith("_hooks")}
+    return twin
 
 
 def _texts_given(trajectory: Trajectory) -> Trajectory:

@@ -47,7 +47,7 @@ class RunReport(UniGRPOCallback):
         self.train.append((experience.iteration, experience.metrics["reward"]))
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and "val/reward" in trainer.callback_metrics:
             iteration = int(pl_module.iteration)  # type: ignore[arg-type]
             self.held_out.append((iteration, float(trainer.callback_metrics["val/reward"])))

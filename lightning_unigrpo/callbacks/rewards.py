@@ -106,12 +106,21 @@ def text_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
     }
 
 
-def image_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
-    """Return diversity and saturation of the images of this rank; empty when nothing was drawn.
+def diversity(images: Tensor) -> Tensor:
+    """Return the standard deviation of a pixel over ``[n, 3, H, W]`` images of one prompt, mean over pixels.
 
-    ``diversity`` is the standard deviation of a pixel over the images of one group, averaged over
-    pixels and groups; ``saturation`` the share of pixel values within 0.02 of black or white.
+    A classifier as reward does not see a collapse to one picture per prompt; this does.
     """
+    return images.float().std(0, correction=0).mean()
+
+
+def saturation(images: Tensor) -> Tensor:
+    """Return the share of pixel values within 0.02 of black or white, of ``[*]`` values in [0, 1]."""
+    return ((images < 0.02) | (images > 0.98)).float().mean()
+
+
+def image_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+    """Return diversity inside groups and saturation of the images of this rank; empty when there are none."""
     groups: dict[tuple[int, torch.Size], list[Tensor]] = {}
     for t in trajectories:
         if t.image is not None:
@@ -119,9 +128,7 @@ def image_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
     if not groups:
         return {}
     stacks = [torch.stack(images) for images in groups.values()]
-    spread = [stack.std(0, correction=0).mean() for stack in stacks]
-    extreme = [((stack < 0.02) | (stack > 0.98)).float().mean() for stack in stacks]
     return {
-        "image/diversity": torch.stack(spread).mean(),
-        "image/saturation": torch.stack(extreme).mean(),
+        "image/diversity": torch.stack([diversity(stack) for stack in stacks]).mean(),
+        "image/saturation": torch.stack([saturation(stack) for stack in stacks]).mean(),
     }

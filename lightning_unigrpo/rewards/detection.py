@@ -5,7 +5,7 @@ Everything that the benchmark does around them is here; what they find is judged
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate, normalize, pad
 
 from lightning_unigrpo.rewards.coco import NAMES
 from lightning_unigrpo.rewards.geneval import COLORS, Detection, Detections
+from lightning_unigrpo.rewards.towers import Towers, not_found
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT, LONG, MULTIPLE = 800, 1333, 32
@@ -75,10 +76,8 @@ class Mask2FormerDetector:
                 'GenEval\'s detector needs scipy: pip install "lightning-unigrpo[geneval]".'
             ) from error
         except OSError as error:
-            raise FileNotFoundError(
-                f"GenEval's detector {self.source!r} is neither a folder nor in the local cache of the hub, "
-                f"which cannot be asked: {error}. Run `hf download {self.source}` where there is a network."
-            ) from error
+            key = "model.rewards: Mask2FormerDetector.source"
+            raise not_found(key, self.source, error) from error
 
     def release(self) -> None:
         """Give the device's memory back."""
@@ -161,81 +160,36 @@ def objects_of(classes: Tensor, masks: Tensor) -> dict[str, list[Detection]]:
     return {name: sorted(objects, key=lambda d: -d.score) for name, objects in found.items()}
 
 
-@dataclass(eq=False)
-class CLIPColors:
+class CLIPColors(Towers):
     """The colour of an object, as CLIP names its crop.
 
     The crop is the object's box with ``#999`` around its mask; the colour is the likeliest of ten, each the
     mean of three templates.
 
     Source: GenEval, https://arxiv.org/abs/2310.11513.
+
+    Args:
+        source: folder or hub id of a CLIP in the layout of transformers.
+        settings: the other arguments of :class:`~.towers.Towers`.
     """
 
-    source: str = "openai/clip-vit-large-patch14"
-    """A folder, or a hub id."""
-    model: Any = field(default=None, repr=False)
-    """A ``CLIPModel`` instead of ``source``."""
-    processor: Any = field(default=None, repr=False)
-    """Its ``CLIPProcessor``."""
-    _held: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
-    _texts: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def prepare(self, device: torch.device) -> None:
-        """Load the network if it is not there, and bring it to a device.
-
-        Raises:
-            FileNotFoundError: when there is no such checkpoint.
-        """
-        if not self._held:
-            model, processor = self.model, self.processor
-            if model is None or processor is None:
-                model, processor = self._load()
-            self._held |= {"model": model, "processor": processor}
-        self._held["model"].to(device).eval().requires_grad_(False)
-
-    def _load(self) -> tuple[Any, Any]:
-        from transformers import CLIPModel, CLIPProcessor
-
-        try:
-            loaded: tuple[Any, Any] = (
-                CLIPModel.from_pretrained(self.source),
-                CLIPProcessor.from_pretrained(self.source),
-            )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"GenEval's colours: {self.source!r} is neither a folder nor in the local cache of the hub, "
-                f"which cannot be asked: {error}. Run `hf download {self.source}` where there is a network."
-            ) from error
-        return loaded
-
-    def release(self) -> None:
-        """Give the device's memory back."""
-        if self._held:
-            self._held["model"].to("cpu")
-            self._texts.clear()
+    def __init__(self, source: str = "openai/clip-vit-large-patch14", **settings: Any) -> None:
+        super().__init__(source, **settings)
+        self._classes: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, image: Tensor, name: str, objects: Sequence[Detection]) -> list[str]:
         """Return the colours of objects of a class in an image ``[3, H, W]`` in [0, 1]."""
-        self.prepare(image.device)
-        model, processor = self._held["model"], self._held["processor"]
-        crops = [to_pil(cropped(image, each)) for each in objects]
-        inputs: Mapping[str, Tensor] = processor(images=crops, return_tensors="pt")
-        pixels = inputs["pixel_values"].to(image.device)
-        seen = normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-        return [COLORS[i] for i in (seen @ self._classes(name, image.device).T).argmax(1).tolist()]
+        seen = self.embed_images([cropped(image, each) for each in objects])
+        return [COLORS[i] for i in (seen @ self._known(name, seen.device).T).argmax(1).tolist()]
 
-    def _classes(self, name: str, device: torch.device) -> Tensor:
+    def _known(self, name: str, device: torch.device) -> Tensor:
         """Return ``[10, d]``: of each colour the mean of its templates, all of unit length."""
-        if name not in self._texts:
-            model, processor = self._held["model"], self._held["processor"]
+        if name not in self._classes:
             words = [t.format(color=color, name=name) for color in COLORS for t in TEMPLATES]
-            inputs = processor(text=words, return_tensors="pt", padding=True, truncation=True)
-            inputs = {k: v.to(device) for k, v in inputs.items()}
-            each = normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
-            means = each.view(len(COLORS), len(TEMPLATES), -1).mean(1)
-            self._texts[name] = normalize(means, dim=-1)
-        return self._texts[name]
+            each = self.embed_texts(words, device).view(len(COLORS), len(TEMPLATES), -1)
+            self._classes[name] = normalize(each.mean(1), dim=-1)
+        return self._classes[name].to(device)
 
 
 def cropped(image: Tensor, found: Detection) -> Tensor:
@@ -249,11 +203,3 @@ def cropped(image: Tensor, found: Detection) -> Tensor:
         image = image.where(found.mask.to(image.device), GREY)
     x0, y0, x1, y1 = (round(x) for x in found.box)
     return image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
-
-
-def to_pil(image: Tensor) -> Any:
-    """Return a picture of ``[3, H, W]`` in [0, 1]."""
-    from PIL import Image
-
-    rounded = (image * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(rounded.permute(1, 2, 0).cpu().numpy())
