@@ -29,9 +29,6 @@ class RolloutGrouping(UniGRPOCallback):
     advantages are the same either way.
     """
 
-    def __init__(self) -> None:
-        self._silent: dict[str, int] = {}
-
     def assign(
         self, prompts: Sequence[Prompt], group_size: int, *, rank: int = 0, world_size: int = 1
     ) -> list[Start]:
@@ -70,7 +67,9 @@ class RolloutGrouping(UniGRPOCallback):
             torch.cat([groups.unsqueeze(1).double(), rewards.double()], 1)
         )
         known = distributed.gather_rows(experience.rewards)
-        require_scores(known, experience.reward_names, experience.reward_weights, self._silent)
+        # Made here: a user's subclass may have a constructor of its own, and need not call ours.
+        silent: dict[str, int] = vars(self).setdefault("_silent", {})
+        require_scores(known, experience.reward_names, experience.reward_weights, silent)
         everyone = self.advantages(module, table[:, 0].long(), table[:, 1:].float(), experience)
         offset = distributed.rank() * len(trajectories)  # assign() deals equal shares
         for i, trajectory in enumerate(trajectories):
