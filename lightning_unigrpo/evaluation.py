@@ -12,7 +12,7 @@ from lightning_unigrpo.callbacks.base import Experience
 from lightning_unigrpo.callbacks.grouping import penalise_truncation
 from lightning_unigrpo.callbacks.rewards import diversity, saturation
 from lightning_unigrpo.config import Evaluation, Objective, Sampling
-from lightning_unigrpo.metrics import RewardMetric
+from lightning_unigrpo.metrics import ScoreMetric
 from lightning_unigrpo.reward import combine
 from lightning_unigrpo.rewards.geneval import TASKS
 from lightning_unigrpo.types import TextSegment, Trajectory
@@ -29,7 +29,7 @@ def plan_of(sampling: Sampling, evaluation: Evaluation) -> tuple[Literal["text",
 
 
 class Figures(nn.ModuleDict):
-    """A :class:`RewardMetric` for each figure of validation and of test, under its name in the logs.
+    """A :class:`ScoreMetric` for each figure of validation and of test, under its name in the logs.
 
     Args:
         names: of the rewards.
@@ -39,7 +39,7 @@ class Figures(nn.ModuleDict):
     def __init__(self, names: Sequence[str], evaluation: Evaluation) -> None:
         self.rewards = ("reward", *(f"reward/{name}" for name in names))
         metrics = {
-            f"{stage}/{name}": RewardMetric(tasks=TASKS if name in self.rewards else ())
+            f"{stage}/{name}": ScoreMetric(tasks=TASKS if name in self.rewards else ())
             for stage in ("val", "test")
             for name in (*self.rewards, *OTHERS)
         }
@@ -56,7 +56,7 @@ class Figures(nn.ModuleDict):
         column = self.evaluation.task_column
         tasks = [t.prompt.columns.get(column) for t in experience.trajectories]
         for name, each in values.items():
-            cast(RewardMetric, self[f"{stage}/{name}"]).add(each, tasks)
+            cast(ScoreMetric, self[f"{stage}/{name}"]).update(each, tasks)
         return values["reward"]
 
     def finish(self, stage: str) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class Figures(nn.ModuleDict):
         """
         found: dict[str, Tensor] = {}
         for name in (*self.rewards, *OTHERS):
-            key, metric = f"{stage}/{name}", cast(RewardMetric, self[f"{stage}/{name}"])
+            key, metric = f"{stage}/{name}", cast(ScoreMetric, self[f"{stage}/{name}"])
             numbers = metric.compute()
             metric.reset()
             mean, spread, failures = (numbers.pop(each) for each in ("mean", "std", "failures"))

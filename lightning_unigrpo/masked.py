@@ -16,6 +16,7 @@ Shape letters: ``B`` rows, ``N`` codes of an image, ``T`` steps, ``[*]`` any lea
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -148,3 +149,82 @@ def most_confident(log_probs: Tensor, uniforms: Tensor, temperature: float, keep
     confidence = log_probs.double() + temperature * gumbel
     chosen = confidence.topk(keep, dim=1).indices
     return torch.zeros_like(log_probs, dtype=torch.bool).scatter(1, chosen, True)
+
+
+class Unmasking(Protocol):
+    """Which codes each step asks for and keeps, and the random numbers that they are drawn with."""
+
+    num_steps: int
+    """T."""
+
+    def asked(self, masked: Tensor, step: int) -> Tensor:
+        """Return which codes are drawn at a step, ``[B, N]`` bool, of those that are ``masked``, likewise."""
+
+    def values(self, step: int) -> Tensor:
+        """Return the uniforms ``[B, N]`` of a step's draws, in [0, 1)."""
+
+    def kept(self, asked: Tensor, log_probs: Tensor, step: int) -> Tensor:
+        """Return which of the codes just drawn stay, ``[B, N]`` bool.
+
+        Args:
+            asked: from :meth:`asked` of the same step.
+            log_probs: ``[B, N]`` nats, of the codes drawn; anything elsewhere.
+            step: k.
+        """
+
+
+class Independent:
+    """Every code at a step of its own, whatever is drawn; see :func:`reveal_steps`.
+
+    Args:
+        uniforms: ``[B, 2, N]`` in [0, 1): of each code its value, and when it is revealed.
+        num_steps: T.
+    """
+
+    def __init__(self, uniforms: Tensor, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self._values, luck = uniforms.unbind(1)
+        self._planned = reveal_steps(luck, num_steps)
+
+    def asked(self, masked: Tensor, step: int) -> Tensor:
+        """Return the codes whose step it is."""
+        return self._planned == step
+
+    def values(self, step: int) -> Tensor:
+        """Return the one uniform of each code."""
+        return self._values
+
+    def kept(self, asked: Tensor, log_probs: Tensor, step: int) -> Tensor:
+        """Return them all."""
+        return asked
+
+
+class Confident:
+    """All masked codes are drawn, the most confident stay; see :func:`most_confident`.
+
+    Args:
+        uniforms: ``[B, T, 2, N]`` in [0, 1): of each code and step its value, and its luck.
+        temperature: of the choice at the beginning, nats >= 0; see :func:`choice_temperatures`.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float) -> None:
+        self.num_steps = uniforms.shape[1]
+        self._uniforms = uniforms
+        self._temperatures = choice_temperatures(temperature, self.num_steps)
+        self._unknown = uniforms.shape[-1]
+
+    def asked(self, masked: Tensor, step: int) -> Tensor:
+        """Return all that are masked."""
+        return masked
+
+    def values(self, step: int) -> Tensor:
+        """Return a uniform of each code for this step alone."""
+        return self._uniforms[:, step, 0]
+
+    def kept(self, asked: Tensor, log_probs: Tensor, step: int) -> Tensor:
+        """Return the most confident; as many in every row, as the schedule says."""
+        again = num_masked(self._uniforms.shape[-1], step, self.num_steps, self._unknown)
+        keep, self._unknown = self._unknown - again, again
+        drawn = log_probs.masked_fill(~asked, -torch.inf)
+        luck = self._uniforms[:, step, 1]
+        return most_confident(drawn, luck, self._temperatures[step], keep)

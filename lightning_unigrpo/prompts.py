@@ -187,11 +187,8 @@ def ocr_records(num: int, *, seed: int = 0, exclude: Collection[str] = ()) -> li
             if rng.random() < 0.3:
                 words.append(str(rng.integers(10, 2100)))
             text = " ".join(words).title()
-            scene = SCENES[int(rng.integers(len(SCENES)))]
-            yield {
-                "prompt": scene.format(f'"{text}"').capitalize().replace(text.lower(), text),
-                "text": text,
-            }
+            scene = SCENES[int(rng.integers(len(SCENES)))].format(f'"{text}"')
+            yield {"prompt": scene[0].upper() + scene[1:], "text": text}
 
     return _distinct(draws(), num, exclude)
 

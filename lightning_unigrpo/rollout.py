@@ -19,12 +19,7 @@ from torch import Tensor
 from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
 from lightning_unigrpo.config import Sampling, num_steps
 from lightning_unigrpo.flow import draw_window, ode_step, sde_step, sigma_schedule
-from lightning_unigrpo.masked import (
-    choice_temperatures,
-    most_confident,
-    num_masked,
-    reveal_steps,
-)
+from lightning_unigrpo.masked import Confident, Independent, Unmasking
 from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
@@ -334,13 +329,11 @@ def sample_image_tokens(
 def sample_masked_image(
     adapter: Adapter,
     cache: Cache,
-    uniforms: Tensor,
+    unmasking: Unmasking,
     grid: Grid,
     *,
-    num_steps: int,
     temperature: float,
     windows: Sequence[range] | None = None,
-    choice_temperature: float | None = None,
     unconditional: Any | None = None,
     guidance_scale: float = 1.0,
     progress: Progress | None = None,
@@ -350,14 +343,10 @@ def sample_masked_image(
     Args:
         adapter: the policy.
         cache: of B rows, left as it was.
-        uniforms: ``[B, 2, N]`` in [0, 1): for each code its value and when it is revealed; by confidence
-            ``[B, T, 2, N]``, for each code and step its value and its luck.
+        unmasking: says which codes a step reveals, and holds the random numbers.
         grid: ``(h, w)`` of all rows, ``h * w = N``.
-        num_steps: T.
         temperature: of the draws, > 0.
         windows: B ranges of steps whose codes are scored; ``None`` = all.
-        choice_temperature: reveal the most confident codes, with this much chance, nats >= 0; ``None`` =
-            each code at a step of its own, whatever is drawn.
         unconditional: from ``adapter.guidance``, for guided evaluation; ``None`` = no guidance.
         guidance_scale: of guided evaluation.
         progress: told the number of steps done.
@@ -365,38 +354,27 @@ def sample_masked_image(
     Returns:
         B sampled segments.
     """
-    num_rows, num = len(uniforms), uniforms.shape[-1]
-    tokens = torch.full((num_rows, num), -1, dtype=torch.long, device=uniforms.device)
-    step_of, log_prob = torch.zeros_like(tokens), torch.zeros(num_rows, num, device=tokens.device)
-    alone = choice_temperature is None
-    values, luck = uniforms.unbind(-2)  # [B, N] each, by confidence [B, T, N]
-    planned = reveal_steps(luck, num_steps) if alone else None
-    chances = choice_temperatures(choice_temperature or 0.0, num_steps)
-    unknown = num
-    for step in range(num_steps):
-        where = tokens < 0 if planned is None else planned == step
+    tokens = torch.full_like(unmasking.values(0), -1, dtype=torch.long)
+    step_of, log_prob = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.float32)
+    for step in range(unmasking.num_steps):
+        where = unmasking.asked(tokens < 0, step)
         if unconditional is None:
             logits = adapter.masked_logits(cache, tokens, where, grid)
         else:
             logits = adapter.guided_masked_logits(
                 cache, unconditional, tokens, where, grid, scale=guidance_scale
             )
-        here = values if alone else values[:, step]
-        new, scores = draw_tokens(logits, here[where], temperature)
-        drawn = tokens.masked_scatter(where, new)
+        drawn, scores = draw_tokens(logits, unmasking.values(step)[where], temperature)
+        candidate = tokens.masked_scatter(where, drawn)
         score = log_prob.masked_scatter(where, scores.to(log_prob.dtype))
-        if not alone:
-            masked = num_masked(num, step, num_steps, unknown)
-            known = score.masked_fill(~where, -torch.inf)
-            where = most_confident(known, luck[:, step], chances[step], unknown - masked)
-            unknown = masked
-        tokens, log_prob = drawn.where(where, tokens), score.where(where, log_prob)
-        step_of = step_of.masked_fill(where, step)
+        kept = unmasking.kept(where, score, step)
+        tokens, log_prob = candidate.where(kept, tokens), score.where(kept, log_prob)
+        step_of = step_of.masked_fill(kept, step)
         if progress is not None:
-            progress("image tokens", step + 1, num_steps)
-    prefixes, found = adapter.image_prefix(cache), []
-    for b in range(num_rows):
-        image = TokenImageSegment(
+            progress("image tokens", step + 1, unmasking.num_steps)
+    prefixes = adapter.image_prefix(cache)
+    images = [
+        TokenImageSegment(
             tokens=tokens[b],
             grid=grid,
             prefix=None if prefixes is None else prefixes[b],
@@ -404,9 +382,11 @@ def sample_masked_image(
             window=None if windows is None else (windows[b].start, windows[b].stop),
             temperature=temperature,
         )
-        image.log_prob = log_prob[b, image.scored]
-        found.append(image)
-    return found
+        for b in range(len(tokens))
+    ]
+    for image, known in zip(images, log_prob, strict=True):
+        image.log_prob = known[image.scored]
+    return images
 
 
 @torch.no_grad()
@@ -563,16 +543,17 @@ class _Chunk:
         is_confident = (s.eval_reveal if self.evaluate else s.reveal) == "confident"
         shape = (count, 2, num) if is_confident else (2, num)
         uniforms = self.draws.uniforms(starts, place, math.prod(shape)).to(self.device)
+        uniforms = uniforms.unflatten(1, shape)
         return sample_masked_image(
             self.adapter,
             cache,
-            uniforms.unflatten(1, shape),
+            Confident(uniforms, s.reveal_temperature)
+            if is_confident
+            else Independent(uniforms, count),
             grid,
-            num_steps=count,
             temperature=1.0 if self.evaluate else s.temperature,
             # One step more than there are: the last may be trained as well as any other.
             windows=None if self.evaluate else [self._window(start, count + 1) for start in starts],
-            choice_temperature=s.reveal_temperature if is_confident else None,
             unconditional=unconditional,
             guidance_scale=s.guidance_scale,
             progress=self.progress,

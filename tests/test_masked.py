@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_unigrpo.masked import (
+    Confident,
+    Independent,
     choice_temperatures,
     mask_ratios,
     most_confident,
@@ -116,7 +118,7 @@ def test_images_are_drawn_as_often_as_their_probability() -> None:
     uniforms = torch.rand(count, 2, 3, generator=torch.Generator().manual_seed(0)).double()
     cache: Any = None
     adapter: Any = Table()
-    drawn = sample_masked_image(adapter, cache, uniforms, GRID, num_steps=2, temperature=1.0)
+    drawn = sample_masked_image(adapter, cache, Independent(uniforms, 2), GRID, temperature=1.0)
     expected = outcomes(2)
     assert sum(expected.values()) == pytest.approx(1)
     codes = torch.stack([image.tokens for image in drawn])
@@ -136,9 +138,7 @@ def test_confident_images_follow_a_plain_reading_of_the_rule() -> None:
     uniforms = torch.rand(20, 4, 2, 3, generator=generator).double()
     cache: Any = None
     adapter: Any = Table()
-    drawn = sample_masked_image(
-        adapter, cache, uniforms, GRID, num_steps=4, temperature=1.0, choice_temperature=0.8
-    )
+    drawn = sample_masked_image(adapter, cache, Confident(uniforms, 0.8), GRID, temperature=1.0)
     for row, image in enumerate(drawn):
         codes, logs, at, tau = [-1] * 3, [0.0] * 3, [-1] * 3, 0.8
         for k in range(4):

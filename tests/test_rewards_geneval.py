@@ -408,7 +408,8 @@ def test_a_planted_set_scores_as_computed_by_hand() -> None:
     assert found["strict"] == [1.0, 0.0, 0.0, 0.0]
     scores, details = read_scores("geneval", found, 4)
     assert scores.tolist() == pytest.approx(found["score"])
-    assert set(details) == {"correct", "strict"}
+    assert details["partial"].tolist() == scores.tolist()
+    assert set(details) == {"partial", "correct", "strict"}
     assert detector.model.shapes == [(3, 3, 800, 800), (1, 3, 800, 800)]
 
 

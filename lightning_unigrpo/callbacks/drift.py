@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_unigrpo.adapter import Adapter
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.reference import beside
-from lightning_unigrpo.metrics import RewardMetric
+from lightning_unigrpo.metrics import ScoreMetric
 from lightning_unigrpo.rollout import Start, rollout
 
 if TYPE_CHECKING:
@@ -34,23 +34,23 @@ class ReferenceDrift(UniGRPOCallback):
     run begins with (before a checkpoint is loaded), which takes their memory once more.
 
     Raises:
-        ValueError: where weights are sharded and there is no LoRA.
+        ValueError: where weights are sharded.
     """
 
     def __init__(self) -> None:
         self._twin: list[Adapter] = []  # a list: a bare module would be registered by owners
-        self._metric = RewardMetric()
+        self._metric = ScoreMetric()
 
     @override
     def on_configure_model(self, trainer: Trainer, module: UniGRPOModule) -> None:
+        if module.skeleton:
+            raise ValueError(
+                "trainer.callbacks has a ReferenceDrift, which draws with a second network, but the strategy "
+                "shards weights: leave it out, or test with trainer.strategy ddp or on one GPU."
+            )
         adapter = module.adapter
         if adapter.reference() is not None or self._twin:
             return
-        if module.skeleton:
-            raise ValueError(
-                "trainer.callbacks has a ReferenceDrift, which keeps a whole copy of the weights, but the "
-                "strategy shards them: leave it out, train with LoRA, or test on one GPU."
-            )
         twin = beside(adapter)
         twin.net = copy.deepcopy(adapter.net).requires_grad_(False).eval()
         self._twin = [twin]
@@ -78,7 +78,7 @@ class ReferenceDrift(UniGRPOCallback):
             others = list(chain.from_iterable(chunks))
         pairs = zip(drawn, others, strict=True)
         found = [distance(t.image, other.image) for t, other in pairs if t.image is not None]
-        self._metric.to(module.device).add(torch.tensor(found))
+        self._metric.to(module.device).update(torch.tensor(found))
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.image import imsave
 from typing_extensions import override
 
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.data import FIRST_ID
+from lightning_unigrpo.reward import convert_images
 from lightning_unigrpo.types import Trajectory
 
 
@@ -69,6 +69,6 @@ def write_sample(folder: Path, trajectory: Trajectory) -> None:
     record = json.dumps({**known, "prompt": prompt.text}, ensure_ascii=False)
     (place / "metadata.jsonl").write_text(record + "\n", encoding="utf-8")
     assert trajectory.image is not None
-    pixels = trajectory.image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-    imsave(samples / f"{trajectory.member:05d}.png", pixels)
+    (picture,) = convert_images([trajectory.image], "pil")
+    picture.save(samples / f"{trajectory.member:05d}.png")
     (samples / f"{trajectory.member:05d}.txt").write_text(trajectory.completion, encoding="utf-8")

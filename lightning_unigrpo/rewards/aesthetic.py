@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,7 @@ class AestheticScore(Towers):
         head: file with the head, ``sac+logos+ava1-l14-linearMSE.pth`` of that repository (3.7 MB).
         source: folder or hub id of the CLIP that the head was trained on.
         divisor: as above; 10 brings it to the scale of rewards in [0, 1].
-        processor: folder or hub id with the image settings; ``None`` = ``source``.
-        revision: branch, tag or commit of ``source`` on the hub.
-        batch_size: images in one pass; memory only.
-        offload: whether the weights leave the device between collections.
+        **towers: see :class:`Towers`.
 
     Raises:
         ValueError: when the divisor makes no sense.
@@ -44,18 +42,9 @@ class AestheticScore(Towers):
         *,
         source: str = "openai/clip-vit-large-patch14",
         divisor: float = 1.0,
-        processor: str | None = None,
-        revision: str | None = None,
-        batch_size: int = 32,
-        offload: bool = True,
+        **towers: Any,
     ) -> None:
-        super().__init__(
-            source,
-            processor=processor,
-            revision=revision,
-            batch_size=batch_size,
-            offload=offload,
-        )
+        super().__init__(source, **towers)
         if divisor <= 0:
             raise ValueError(f"{self._key('divisor')} is {divisor}; give more than 0.")
         self.head, self.divisor = head, divisor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,7 @@ class CLIPScore(Towers):
     Args:
         source: folder or hub id of a CLIP in the layout of transformers.
         scale: as above.
-        processor: folder or hub id with its tokenizer and image settings; ``None`` = ``source``.
-        revision: branch, tag or commit of ``source`` on the hub.
-        batch_size: images, or texts, in one pass; memory only.
-        offload: whether the weights leave the device between collections.
+        **towers: see :class:`Towers`.
     """
 
     divisor: ClassVar[float] = 30.0
@@ -42,18 +39,9 @@ class CLIPScore(Towers):
         source: str = "openai/clip-vit-large-patch14",
         *,
         scale: float | None = None,
-        processor: str | None = None,
-        revision: str | None = None,
-        batch_size: int = 32,
-        offload: bool = True,
+        **towers: Any,
     ) -> None:
-        super().__init__(
-            source,
-            processor=processor,
-            revision=revision,
-            batch_size=batch_size,
-            offload=offload,
-        )
+        super().__init__(source, **towers)
         self.scale = scale
 
     @torch.no_grad()
@@ -85,10 +73,7 @@ class PickScore(CLIPScore):
         source: folder or hub id of the model.
         processor: folder or hub id with the tokenizer and image settings, which the model is published
             without.
-        scale: of the cosine; ``None`` as above.
-        revision: branch, tag or commit of ``source`` on the hub.
-        batch_size: images, or texts, in one pass; memory only.
-        offload: whether the weights leave the device between collections.
+        **score: see :class:`CLIPScore`; ``scale`` is ``None`` as above.
     """
 
     divisor = 26.0
@@ -98,16 +83,6 @@ class PickScore(CLIPScore):
         source: str = "yuvalkirstain/PickScore_v1",
         *,
         processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        scale: float | None = None,
-        revision: str | None = None,
-        batch_size: int = 32,
-        offload: bool = True,
+        **score: Any,
     ) -> None:
-        super().__init__(
-            source,
-            scale=scale,
-            processor=processor,
-            revision=revision,
-            batch_size=batch_size,
-            offload=offload,
-        )
+        super().__init__(source, processor=processor, **score)

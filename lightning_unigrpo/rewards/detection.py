@@ -170,11 +170,11 @@ class CLIPColors(Towers):
 
     Args:
         source: folder or hub id of a CLIP in the layout of transformers.
-        settings: the other arguments of :class:`~.towers.Towers`.
+        **towers: see :class:`Towers`.
     """
 
-    def __init__(self, source: str = "openai/clip-vit-large-patch14", **settings: Any) -> None:
-        super().__init__(source, **settings)
+    def __init__(self, source: str = "openai/clip-vit-large-patch14", **towers: Any) -> None:
+        super().__init__(source, **towers)
         self._classes: dict[str, Tensor] = {}
 
     @torch.no_grad()

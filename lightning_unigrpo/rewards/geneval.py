@@ -31,6 +31,10 @@ GAP = 0.1
 """Share of both sizes that an offset must exceed to be one."""
 
 
+VALUES = ("partial", "strict", "correct")
+"""What a rollout's score may be."""
+
+
 class Detection(NamedTuple):
     """An object that was found."""
 
@@ -291,9 +295,9 @@ class GenEval:
 
     def __post_init__(self) -> None:
         """Refuse a value that there is not, and take the default networks, unread."""
-        if self.value not in ("partial", "strict", "correct"):
+        if self.value not in VALUES:
             raise ValueError(
-                f"GenEval.value is {self.value!r}; give 'partial', 'strict' or 'correct'."
+                f"model.rewards: GenEval.value is {self.value!r}; give one of {VALUES}."
             )
         from lightning_unigrpo.rewards.detection import CLIPColors, Mask2FormerDetector
 
@@ -329,7 +333,7 @@ class GenEval:
             exclude: likewise.
 
         Returns:
-            ``score``, and the verdicts ``correct`` and ``strict``.
+            ``score``, and all three readings beside it: ``partial``, ``strict`` and ``correct``.
 
         Raises:
             ValueError: for metadata of another form.
@@ -346,7 +350,7 @@ class GenEval:
         nan = float("nan")
         return {
             key: [nan if v is None else float(getattr(v, name)) for v in verdicts]
-            for key, name in (("score", self.value), ("correct", "correct"), ("strict", "strict"))
+            for key, name in {"score": self.value, **{v: v for v in VALUES}}.items()
         }
 
     def _judge(self, image: Tensor, found: Detections, metadata: Mapping[str, Any]) -> Verdict:

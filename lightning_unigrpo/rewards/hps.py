@@ -66,11 +66,8 @@ class HPSv2(CLIPScore):
         file: of the folder or repository.
         source: folder or hub id of a CLIP of the same sizes, for its ``config.json``; its weights are not
             read.
-        processor: folder or hub id with the tokenizer and image settings; ``None`` = ``source``.
         scale: of the cosine; ``None`` as in :class:`CLIPScore`.
-        revision: branch, tag or commit of ``source`` on the hub.
-        batch_size: images, or texts, in one pass; memory only.
-        offload: whether the weights leave the device between collections.
+        **towers: see :class:`Towers`.
     """
 
     def __init__(
@@ -79,20 +76,10 @@ class HPSv2(CLIPScore):
         *,
         file: str = "HPS_v2.1_compressed.pt",
         source: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        processor: str | None = None,
         scale: float | None = 1.0,
-        revision: str | None = None,
-        batch_size: int = 32,
-        offload: bool = True,
+        **towers: Any,
     ) -> None:
-        super().__init__(
-            source,
-            scale=scale,
-            processor=processor,
-            revision=revision,
-            batch_size=batch_size,
-            offload=offload,
-        )
+        super().__init__(source, scale=scale, **towers)
         self.checkpoint, self.file = checkpoint, file
 
     def _load(self) -> Any:

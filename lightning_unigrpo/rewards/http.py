@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
 
+from lightning_unigrpo.reward import convert_images
+
 try:  # huggingface_hub 2 brings httpx2, 1 brings httpx: one interface under two names
     import httpx2 as httpx
 except ImportError:  # pragma: no cover
@@ -293,12 +295,6 @@ def png(image: Image.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """Return a ``[3, H, W]`` tensor in [0, 1] as an image."""
-    rounded = (image.detach().float() * 255).round().clamp(0, 255).byte()
-    return Image.fromarray(rounded.permute(1, 2, 0).cpu().numpy())
-
-
 def read_json(answer: bytes) -> Any:
     """Read an answer.
 
@@ -381,7 +377,7 @@ class HTTPReward(RemoteReward):
             "video": None,
             "condition_images": None
             if input_images is None
-            else [[png(to_pil(image)) for image in input_images[i]] for i in sent],
+            else [[*map(png, convert_images(input_images[i], "pil"))] for i in sent],
             "condition_videos": None,
             "extra": {name: [column[i] for i in sent] for name, column in columns.items()},
         }

@@ -9,7 +9,8 @@ from inspect import Parameter, Signature
 from typing import Any
 
 import numpy as np
-from torch import Tensor, device
+import torch
+from torch import Tensor
 from torchmetrics.functional.text import edit_distance
 
 QUOTED = re.compile(r'"([^"]*)"')
@@ -58,7 +59,7 @@ class OCRReward:
             ]
         )
 
-    def prepare(self, device: device) -> None:
+    def prepare(self, device: torch.device) -> None:
         """Make the first engine, on the CPU whatever the device.
 
         Raises:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
 from lightning_unigrpo.config import Sampling
+from lightning_unigrpo.masked import Independent
 from lightning_unigrpo.rollout import Start, rollout, sample_image_tokens, sample_masked_image
 from lightning_unigrpo.testing.report import ATOL, COARSE, NoRolloutError
 from lightning_unigrpo.types import (
@@ -158,7 +159,7 @@ class Subject:
                 self.adapter, cache, uniforms[:, 0], self.grid, temperature=1.0
             )
         return sample_masked_image(
-            self.adapter, cache, uniforms, self.grid, num_steps=3, temperature=1.0
+            self.adapter, cache, Independent(uniforms, 3), self.grid, temperature=1.0
         )
 
     def asked(self, build: Build, rows: Sequence[int] | None = None) -> list[Tensor]:
