@@ -625,6 +625,17 @@ def dark_on_the_second_rank(**columns: Any) -> list[float]:
     return digit_unless_sum(**columns)
 
 
+class MissingOnTheSecondRank:
+    """A reward whose model only the first rank finds."""
+
+    def prepare(self, device: torch.device) -> None:
+        if distributed.rank() == 1:
+            raise FileNotFoundError("no weights here")
+
+    def __call__(self, **columns: Any) -> list[float]:
+        return digit_unless_sum(**columns)
+
+
 def odd(folder: Path) -> None:
     """Run what makes ranks differ: lengths, errors, failures of a reward, batches of an evaluation."""
     root, digits_case = root_of(folder), CASES["digits"]
@@ -649,6 +660,7 @@ def odd(folder: Path) -> None:
         for name, case in (
             ("rollout", replace(digits_case, build=lambda folder: Breaking())),
             ("reward", replace(digits_case, reward=Reward(dark_on_the_second_rank, required=True))),
+            ("prepare", replace(digits_case, reward=Reward(MissingOnTheSecondRank()))),
         ):
             found[f"{name} {strategy} {mode}"] = what_is_raised(
                 case, strategy, root / "bagel", mode=mode

@@ -416,6 +416,10 @@ NO_REWARD = (
     "RuntimeError: Reward 'dark_on_the_second_rank' failed and is required (model.rewards): "
     "ConnectionError('nobody answers')"
 )
+NO_WEIGHTS = (
+    "RuntimeError: Reward 'MissingOnTheSecondRank' cannot be prepared (model.rewards): "
+    "no weights here"
+)
 MODES = ["ddp auto", "fsdp sharded", "fsdp2 sharded", "fsdp2 resident"]
 
 
@@ -430,7 +434,7 @@ def test_ranks_whose_texts_end_wait_in_step(strategy: str, odd: list[dict[str, A
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("place", "cause"),
-    [("rollout", "MemoryError: no ink left"), ("reward", NO_REWARD)],
+    [("rollout", "MemoryError: no ink left"), ("reward", NO_REWARD), ("prepare", NO_WEIGHTS)],
 )
 def test_an_error_on_one_rank_stops_all(
     place: str, cause: str, mode: str, odd: list[dict[str, Any]]
