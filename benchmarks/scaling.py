@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_unigrpo.adapters.bagel.config import RELEASES, BagelConfig
-from lightning_unigrpo.cli import run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.estimate import Estimate, Traffic
 

@@ -56,6 +56,7 @@ from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count
 from lightning_unigrpo.reward import RewardRunner, reward_names, wrap
 from lightning_unigrpo.rewards import CLIPScore
 from lightning_unigrpo.rollout import Start, rollout
+from lightning_unigrpo.timing import PhaseClock, peak_memory
 from lightning_unigrpo.types import (
     Defaults,
     Prompt,
@@ -117,6 +118,7 @@ class UniGRPOModule(LightningModule):
             [*wrap(eval_rewards)] if eval_rewards else self._rewards
         )
         self._prompts = prompts
+        self.clock = PhaseClock()
         self._guarded = True  # nothing sampled yet that could be compared
         self._is_configured = False
         self._generators: States | None = None
@@ -253,6 +255,7 @@ class UniGRPOModule(LightningModule):
     @override
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Collect, then climb: the whole algorithm."""
+        self.clock.start()
         if self._generators is not None:  # a resumed run does not draw what was drawn in between
             set_states(self._generators, self.device)
         experience = self.collect(batch)
@@ -453,6 +456,7 @@ class UniGRPOModule(LightningModule):
         optimizer.step()
         norms |= distributed.engine_norms(self.trainer.strategy)
         cast(Any, self.lr_schedulers()).step()
+        self.clock.tick("update")
         experience.metrics |= distributed.reduce_named(metrics.sums, metrics.maxima)
         experience.metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
 
@@ -510,8 +514,7 @@ class UniGRPOModule(LightningModule):
 
     def _evaluate(self, prompts: Sequence[Prompt], stage: str) -> Experience:
         """Draw the trajectories of some prompts (greedy text, ODE, guidance if asked for) and score them."""
-        members = range(self.evaluation.num_images)
-        starts = [Start(prompt, prompt.id, m) for prompt in prompts for m in members]
+        starts = self._evaluation_starts(prompts)
         experience = self._experience(starts, self._rows_of(stage), evaluate=True)
         rewards = self.figures.add(stage, experience, self.objective)
         for trajectory, reward in zip(experience.trajectories, rewards.tolist(), strict=True):
@@ -528,12 +531,18 @@ class UniGRPOModule(LightningModule):
 
     @override
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[Trajectory]:
-        """Return one trajectory per prompt, unscored: a user's prompt has no label."""
-        starts = [Start(prompt, prompt.id, 0) for prompt in batch]
-        sampling = replace(self.sampling, rows_per_chunk=self._rows_of("predict"))
+        """Return the trajectories of some prompts, unscored: a user's prompt has no label."""
+        sampling = replace(
+            self.sampling, plan=self.evaluation_plan, rows_per_chunk=self._rows_of("predict")
+        )
+        starts = self._evaluation_starts(batch)
         with self._rollout_weights():
             chunks = rollout(self.adapter, starts, sampling, evaluate=True, progress=self.progress)
             return [trajectory for chunk in chunks for trajectory in chunk]
+
+    def _evaluation_starts(self, prompts: Sequence[Prompt]) -> list[Start]:
+        members = range(self.evaluation.num_images)
+        return [Start(prompt, prompt.id, member) for prompt in prompts for member in members]
 
     # ---- prompts, when the user brings no datamodule
 
@@ -567,6 +576,7 @@ class UniGRPOModule(LightningModule):
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Tell whoever displays it how far a phase of the collection is."""
+        self.clock.tick(phase)
         for callback in self._callbacks():
             callback.on_phase(self.trainer, self, phase, done, total)
 
@@ -578,6 +588,10 @@ class UniGRPOModule(LightningModule):
             on_epoch=False,
         )
         self.log("reward", values["reward"], on_step=True, on_epoch=False, prog_bar=True)
+        # Ranks wait for each other in every phase, so the first one's seconds are everybody's.
+        rollouts = len(experience.trajectories) * distributed.world_size()
+        costs = self.clock.figures(rollouts) | peak_memory(self.device)
+        self.log_dict(costs, on_step=True, on_epoch=False, rank_zero_only=True)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

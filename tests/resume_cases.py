@@ -37,7 +37,7 @@ from lightning_unigrpo import (
 from lightning_unigrpo.adapters.digits import DigitReward, DigitsAdapter
 from lightning_unigrpo.callbacks import Experience
 from lightning_unigrpo.checkpoint import LAST
-from lightning_unigrpo.cli import run
+from lightning_unigrpo.cli.training import run
 from tests.ranks import strategy_of, trainer_of
 
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.bagel import BagelAdapter, load_bagel
 from lightning_unigrpo.adapters.bagel.lora import LoRA
 from lightning_unigrpo.adapters.common.lora import merged
-from lightning_unigrpo.cli import run
+from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.testing import check_adapter
 from lightning_unigrpo.types import Prompt
 from tests.published import SENTENCES, weights, write_checkpoint

@@ -13,7 +13,9 @@ from jsonargparse import Namespace
 from safetensors.torch import save_file
 
 from lightning_unigrpo.adapters.digits import DigitsAdapter
-from lightning_unigrpo.cli import find_checkpoint, main, run
+from lightning_unigrpo.cli import main
+from lightning_unigrpo.cli.training import find_checkpoint, run
+from lightning_unigrpo.timing import COSTS
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "digits.yaml")
 PROMPTS = (
@@ -45,7 +47,12 @@ def metrics(run_folder: Path) -> dict[float, dict[str, str]]:
     """Read what the CSV logger wrote, by iteration."""
     with (run_folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["iteration"]]
-    return {float(row["iteration"]): {k: v for k, v in row.items() if k != "step"} for row in rows}
+    return {float(row["iteration"]): {k: v for k, v in row.items() if same(k)} for row in rows}
+
+
+def same(name: str) -> bool:
+    """Whether two runs that are the same log the same under a name."""
+    return name != "step" and not name.startswith(COSTS)
 
 
 def version(number: int) -> Path:
@@ -206,10 +213,10 @@ def test_a_lost_rank_is_one_screen_that_says_how_to_go_on(
     error = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:59594.")
     error.__notes__ = ["Rank 0 of 2 does not reach another rank", "Go on"]  # type: ignore[attr-defined]
 
-    def lost() -> None:
+    def lost(arguments: list[str]) -> None:
         raise error
 
-    monkeypatch.setattr("lightning_unigrpo.cli.run", lost)
+    monkeypatch.setattr("lightning_unigrpo.cli.training.run", lost)
     text = screen(["fit"], capsys, monkeypatch)
     assert text.startswith("[pair.cc:553] Connection closed by peer")  # the original, not hidden
     assert "Rank 0 of 2 does not reach another rank\nGo on" in text

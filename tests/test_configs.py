@@ -16,7 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_unigrpo import PromptDataModule, UniGRPOModule
-from lightning_unigrpo.cli import UniGRPOCLI, run, run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
+from lightning_unigrpo.cli.training import UniGRPOCLI, run
 from lightning_unigrpo.estimate import Estimate
 from tests import ranks
 

@@ -254,9 +254,10 @@ def saved(path: Path, changes: dict[str, torch.Tensor | None], **settings: Any) 
     return path
 
 
-def test_a_saved_model_loads_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mine.safetensors", "folder"])
+def test_a_saved_model_loads_again(name: str, tmp_path: Path) -> None:
     adapter = DigitsAdapter("base1")
-    path = tmp_path / "mine.safetensors"
+    path = tmp_path / name
     adapter.save_pretrained(path)
     other = DigitsAdapter(path).net.state_dict()
     assert all(torch.equal(v, other[k]) for k, v in adapter.net.state_dict().items())

@@ -32,7 +32,7 @@ from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel import adapter as bagel
 from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.common.cache import RowCache
-from lightning_unigrpo.cli import run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
 from lightning_unigrpo.config import compute_dtype
 from lightning_unigrpo.distributed import bytes_when_whole, skeleton_of
 from lightning_unigrpo.estimate import Setup, Traffic, estimate

@@ -13,7 +13,7 @@ from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.common.cache import DecoderCache
 from lightning_unigrpo.adapters.janusflow import JanusFlowAdapter, JanusFlowConfig
 from lightning_unigrpo.adapters.janusflow.vision import JanusFlowVision
-from lightning_unigrpo.cli import run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
 from lightning_unigrpo.config import Sampling, compute_dtype
 from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.common.lora import LowRank
 from lightning_unigrpo.adapters.janusflow import JanusFlowAdapter, load_janusflow
-from lightning_unigrpo.cli import run
+from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.guard import OnPolicyError
 from lightning_unigrpo.testing import CHECKS, check_adapter
 from tests.published import SENTENCES

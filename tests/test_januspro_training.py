@@ -14,7 +14,8 @@ from transformers import JanusForConditionalGeneration
 
 from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.januspro import JanusProAdapter
-from lightning_unigrpo.cli import run, run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
+from lightning_unigrpo.cli.training import run
 from tests.januspro import model, write_checkpoint
 from tests.published import SENTENCES
 from tests.test_januspro_checkpoint import load, outputs, outputs_of_transformers, same

@@ -21,11 +21,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("flow", "masked", "objective", "advantage"),
     ("adapter", "reward", "distributed"),
     ("rollout", "loss", "checkpoint", "metrics"),
-    ("guard", "data", "budget"),
+    ("guard", "data", "budget", "timing", "report"),
     ("callbacks",),
     ("evaluation",),
     ("module",),
-    ("estimate", "prompts", "serve"),
+    ("estimate", "prompts", "serve", "environment"),
     ("cli",),
 )
 LEAVES = {"adapters": 2, "rewards": 2, "testing": 3}
@@ -37,7 +37,9 @@ COMMAND_LINE = LAYER["cli"]
 # The module may fall back on a built-in reward; a backbone is always handed to it.
 VARIANTS = {("digits", "bagel")}
 """Adapter families (who, what) that are a small form of another and share its code."""
-FOLDERS = {"adapters", "rewards", "callbacks", "testing", "distributed", "checkpoint"}
+FOLDERS = {
+    *("adapters", "rewards", "callbacks", "testing", "distributed", "checkpoint", "report"),
+}
 LEAF_USERS = {"adapters": COMMAND_LINE, "rewards": LAYER["evaluation"], "testing": COMMAND_LINE}
 TYPES_ONLY = {("callbacks", "module"), ("data", "module")}
 """Imports (who, what) that may stand under TYPE_CHECKING against the direction."""

@@ -12,7 +12,7 @@ import torch
 from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.showo2 import ShowO2Adapter, ShowO2Config
 from lightning_unigrpo.adapters.showo2.cache import ShowO2Cache
-from lightning_unigrpo.cli import run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
 from lightning_unigrpo.config import Sampling, compute_dtype
 from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.showo2 import ShowO2Adapter, load_showo2
 from lightning_unigrpo.adapters.showo2.checkpoint import EMBEDDING, HEAD
-from lightning_unigrpo.cli import run
+from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.guard import OnPolicyError
 from tests.published import SENTENCES
 from tests.published_showo2 import weights, write_checkpoint

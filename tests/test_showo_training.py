@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.showo import ShowOAdapter, load_showo
-from lightning_unigrpo.cli import run, run_estimate
+from lightning_unigrpo.cli.estimate import run as run_estimate
+from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.guard import OnPolicyError
 from lightning_unigrpo.types import Prompt, TextSegment, TokenImageSegment, Trajectory
 from tests.published import SENTENCES

@@ -7,9 +7,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 NAME = "default"
@@ -63,20 +65,26 @@ def add_lora(net: nn.Module, lora: LowRank) -> None:
         ImportError: when peft is missing.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
     except ImportError as error:
         raise ImportError(
             'adapter.lora needs peft: pip install "lightning-unigrpo[lora]".'
         ) from error
-    settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0}
+    config = _config_of(lora)
     on_meta = any(p.is_meta for p in net.parameters())
-    config = LoraConfig(target_modules=lora.pattern, **settings)
     inject_adapter_in_model(config, net, NAME, low_cpu_mem_usage=on_meta)
     for name, parameter in net.named_parameters():
         is_adapter = "lora_" in name
         parameter.requires_grad_(is_adapter)
         if is_adapter:
             parameter.data = parameter.data.float()
+
+
+def _config_of(lora: LowRank) -> Any:
+    from peft import LoraConfig
+
+    settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0}
+    return LoraConfig(target_modules=lora.pattern, **settings)
 
 
 def first_value(name: str, parameter: Tensor) -> Tensor:
@@ -132,6 +140,26 @@ def merged(state: Mapping[str, Tensor], lora: LowRank) -> dict[str, Tensor]:
             value = (value.float() + lora.scale * (b @ a)).to(value.dtype)
         found[base_name(name)] = value
     return found
+
+
+def save_lora(net: nn.Module, lora: LowRank, folder: Path) -> None:
+    """Write the factors alone, in peft's layout: ``adapter_config.json`` and its weights.
+
+    ``PeftModel.from_pretrained(network, folder)`` reads them into a network whose modules are called as here.
+
+    Args:
+        net: with adapters.
+        lora: their settings.
+        folder: made if it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _config_of(lora).save_pretrained(folder)
+    factors = {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": value.detach().cpu().contiguous()
+        for name, value in net.state_dict().items()
+        if "lora_" in name
+    }
+    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def base_name(name: str) -> str:

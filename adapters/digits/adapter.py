@@ -18,6 +18,8 @@ from lightning_unigrpo.reward import Reward
 from lightning_unigrpo.types import Defaults, Grid
 
 CHECKPOINTS = ("base", "base1")
+FILE = Path("model.safetensors")
+"""What a saved model's folder holds."""
 """Shipped base models of two pretraining seeds."""
 
 
@@ -80,9 +82,17 @@ class DigitsAdapter(BagelAdapter):
         return to_rgb(latents)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the weights as float16 safetensors that ``checkpoint`` reads."""
+        """Write the weights as float16 safetensors that ``checkpoint`` reads.
+
+        Args:
+            path: a file that ends in ``.safetensors``, or a folder, which gets one.
+        """
+        file = Path(path)
+        if file.suffix != FILE.suffix:
+            file.mkdir(parents=True, exist_ok=True)
+            file /= FILE
         state = {name: value.half().contiguous() for name, value in self.net.state_dict().items()}
-        save_file(state, path, metadata={"config": json.dumps(vars(self.config))})
+        save_file(state, file, metadata={"config": json.dumps(vars(self.config))})
 
     def defaults(self) -> Defaults:
         """Return the arithmetic prompts, the classifier's reward, and settings that learn in a minute."""
@@ -120,10 +130,12 @@ def load_checkpoint(net: BagelNet, checkpoint: str | Path) -> None:
     path = Path(checkpoint)
     if str(checkpoint) in CHECKPOINTS:
         path = WEIGHTS / f"{checkpoint}.safetensors"
+    elif path.is_dir():
+        path /= FILE
     if not path.is_file():
         raise ValueError(
             f"adapter.checkpoint is {str(checkpoint)!r}: neither one of {', '.join(CHECKPOINTS)} nor a "
-            "safetensors file."
+            f"safetensors file, nor a folder with {FILE} in it."
         )
     try:
         with safe_open(path, "pt") as file:

@@ -10,14 +10,17 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
-from matplotlib.image import imsave
+from PIL.Image import Resampling
 from typing_extensions import override
 
+from lightning_unigrpo.reward import convert_images
 from lightning_unigrpo.types import Trajectory
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Write ``<id>.png`` per prompt and one ``predictions.jsonl`` with prompt, reasoning and file.
+    """Write pictures, and one ``predictions.jsonl`` with prompt, reasoning and file of each.
+
+    A picture is ``<id>.png``, or ``<id>_<member>.png`` where ``model.evaluation.num_images`` is above 1.
 
     Args:
         folder: where to; ``None`` = ``predictions`` in ``trainer.default_root_dir``.
@@ -59,18 +62,20 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         folder = self._path(trainer)
+        several = max((t.member for t in prediction), default=0) > 0
         with (folder / self._table(trainer)).open("a", encoding="utf-8") as table:
             for t in prediction:
-                record: dict[str, object] = {
+                record: dict[str, Any] = {
                     "id": t.prompt.id,
                     "prompt": t.prompt.text,
                     "reasoning": t.completion,
                 }
                 if t.image is not None:
-                    record["image"] = name = f"{t.prompt.id}.png"
-                    pixels = t.image.float().cpu().repeat_interleave(self.scale, 1)
-                    pixels = pixels.repeat_interleave(self.scale, 2).permute(1, 2, 0)
-                    imsave(folder / name, pixels.clamp(0, 1).numpy())
+                    name = f"{t.prompt.id}_{t.member}" if several else str(t.prompt.id)
+                    record["image"] = f"{name}.png"
+                    (picture,) = convert_images([t.image], "pil")
+                    size = (picture.width * self.scale, picture.height * self.scale)
+                    picture.resize(size, Resampling.NEAREST).save(folder / record["image"])
                 table.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     @override

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
@@ -36,7 +36,7 @@ class RolloutProgress(UniGRPOCallback):
         self._tasks: dict[str, TaskID] = {}
         self._rewards = {"train": float("nan"), "val": float("nan")}
         self._spent: dict[str, float] = {}
-        self._since = self._said = 0.0
+        self._said = 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,10 +72,6 @@ class RolloutProgress(UniGRPOCallback):
     def on_phase(
         self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int
     ) -> None:
-        # Phases report when a part of them is done: the time since the last report was theirs.
-        now = time.monotonic()
-        self._spent[phase] = self._spent.get(phase, 0.0) + now - self._since
-        self._since = now
         if self._live is not None:
             task = self._tasks["phase"]
             self._live.update(task, description=phase, completed=done, total=total)
@@ -91,12 +87,6 @@ class RolloutProgress(UniGRPOCallback):
         if "val/reward" in trainer.callback_metrics:
             self._rewards["val"] = float(trainer.callback_metrics["val/reward"])
 
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._since = time.monotonic()
-
     def _note(self) -> str:
         shown = [f"{k} {v:.3f}" for k, v in self._rewards.items() if v == v]
         return "reward: " + ", ".join(shown) if shown else ""
@@ -105,7 +95,10 @@ class RolloutProgress(UniGRPOCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = int(pl_module.iteration)  # type: ignore[arg-type]
+        module = cast("UniGRPOModule", pl_module)
+        done = module.iteration
+        for phase, seconds in module.clock.spent.items():
+            self._spent[phase] = self._spent.get(phase, 0.0) + seconds
         if self._live is not None:
             self._live.update(self._tasks["iteration"], completed=done, note=self._note())
         elif trainer.is_global_zero and time.monotonic() - self._said >= self.every:

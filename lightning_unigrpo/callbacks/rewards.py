@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_unigrpo import distributed
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
-from lightning_unigrpo.callbacks.figures import sample_grid
+from lightning_unigrpo.callbacks.loggers import log_samples
 from lightning_unigrpo.types import TextSegment, Trajectory
 
 if TYPE_CHECKING:
@@ -22,14 +21,15 @@ if TYPE_CHECKING:
 
 
 class RewardLogger(UniGRPOCallback):
-    """Log every reward, the state of the texts and of the images, and sample grids.
+    """Log every reward, the state of the texts and of the images, and samples.
 
     A second classifier does not see a collapse; diversity inside a group and the share of saturated
     pixels do, so both are logged beside the rewards. All scalars of a step share one reduction.
 
     Args:
-        images_every: iterations between sample grids; 0 = none.
-        num_images: samples per grid.
+        images_every: iterations between samples (:func:`~lightning_unigrpo.callbacks.loggers.log_samples`);
+            0 = none.
+        num_images: how many.
     """
 
     def __init__(self, images_every: int = 50, num_images: int = 8) -> None:
@@ -71,17 +71,7 @@ class RewardLogger(UniGRPOCallback):
         drawn = [t for t in trajectories if t.image is not None][: self.num_images]
         if drawn:
             for logger in trainer.loggers:
-                log_figure(logger, "samples", drawn, trainer.global_step)
-
-
-def log_figure(logger: Logger, key: str, samples: Sequence[Trajectory], step: int) -> None:
-    """Hand a sample grid to a logger that can take pictures; others are left alone."""
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_figure(key, sample_grid({key: samples}), global_step=step)
-    elif isinstance(logger, WandbLogger):
-        images = [s.image for s in samples]
-        captions = [f"{s.prompt.text}\n{s.completion}\nreward {s.reward:.3f}" for s in samples]
-        logger.log_image(key, images, step=step, caption=captions)
+                log_samples(logger, "samples", drawn, trainer.global_step)
 
 
 def reward_sums(experience: Experience) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
