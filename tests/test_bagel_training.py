@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from lightning_unigrpo import UniGRPOModule
 from lightning_unigrpo.adapters.bagel import BagelAdapter, load_bagel
 from lightning_unigrpo.adapters.bagel.lora import LoRA
 from lightning_unigrpo.adapters.common.lora import merged
+from lightning_unigrpo.cli import main
 from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.testing import check_adapter
 from lightning_unigrpo.types import Prompt
@@ -137,6 +139,26 @@ def test_lora(folder: Path, dtype: str) -> None:
     assert max(float((a - b).abs().max()) for a, b in zip(expected, reference, strict=True)) > atol
     for a, b in zip(expected, outputs_of_a_fresh_process(saved, dtype), strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=atol, rtol=0)
+    check_exports(folder, adapter, after, dtype)
+
+
+def check_exports(
+    folder: Path, trained: BagelAdapter, merged: dict[str, Tensor], dtype: str
+) -> None:
+    """What ``unigrpo export`` makes of the checkpoint: the same files, or factors that peft reads."""
+    (config,) = (folder / "runs/bagel_lora").rglob("config.yaml")
+    arguments = ["export", f"--config={config}", "--ckpt_path=last"]
+    main([*arguments, "--output=whole"])
+    whole = load_file("whole/ema.safetensors")
+    assert whole.keys() == merged.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in whole.items())
+    main([*arguments, "--output=factors", "--merge_lora=false"])
+    base = load(folder / "base", dtype=dtype)
+    network = PeftModel.from_pretrained(base.net, "factors").base_model.model
+    assert base.net is network
+    with torch.inference_mode():
+        for a, b in zip(outputs(trained.eval()), outputs(base.eval()), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

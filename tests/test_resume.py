@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lightning_unigrpo.checkpoint.files as files
 from benchmarks.reliability import PATIENCE, measure
@@ -34,6 +34,7 @@ from lightning_unigrpo.checkpoint import (
     publish,
     set_states,
 )
+from lightning_unigrpo.cli import main
 from lightning_unigrpo.distributed import RankLostError
 from tests.ranks import Ranks
 from tests.resume_cases import (
@@ -50,6 +51,7 @@ from tests.resume_cases import (
     saving,
     trainer,
 )
+from tests.test_configs import CONFIGS
 from tests.toys import ToyFlow
 
 CPU = torch.device("cpu")
@@ -583,6 +585,23 @@ def test_parts_become_a_file_that_draws_the_same_images(
     )
     for name, image in found.items():
         assert torch.equal(image, expected[name])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_parts_are_exported_as_the_whole_is(layout: str, halves: Path, tmp_path: Path) -> None:
+    parts, file = halves / layout / LAST, tmp_path / "whole.ckpt"
+    consolidate(parts, file)
+    config = ["--config", str(CONFIGS / "digits.yaml")]
+    for place, output in ((parts, "a"), (file, "b")):
+        main(["export", *config, f"--ckpt_path={place}", f"--output={tmp_path / output}"])
+    written = [load_file(tmp_path / output / "model.safetensors") for output in "ab"]
+    state = torch.load(file, weights_only=True)["state_dict"]
+    for name, value in written[0].items():
+        assert torch.equal(value, written[1][name])
+        assert torch.equal(value, state[f"adapter.net.{name}"].half())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "whole.ckpt"]
 
 
 @pytest.mark.dist

@@ -29,7 +29,8 @@ def log_samples(logger: Logger, key: str, samples: Sequence[Trajectory], step: i
         logger.experiment.add_text(f"{key}/table", _markdown(samples), global_step=step)
     elif isinstance(logger, WandbLogger):
         captions = [_caption(sample) for sample in samples]
-        logger.log_image(key, [sample.image for sample in samples], step=step, caption=captions)
+        # Of a tensor W&B would stretch the contrast.
+        logger.log_image(key, _pictures(samples), step=step, caption=captions)
         columns = _columns(samples)
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         logger.log_table(f"{key}/table", columns=list(columns), data=rows, step=step)
@@ -41,10 +42,13 @@ def _log_to_mlflow(
     logger: MLFlowLogger, key: str, samples: Sequence[Trajectory], step: int
 ) -> None:
     client, run = logger.experiment, logger.run_id
-    pictures = convert_images([s.image for s in samples if s.image is not None], "pil")
-    for number, picture in enumerate(pictures):
+    for number, picture in enumerate(_pictures(samples)):
         client.log_image(run, picture, key=f"{key}/{number}", step=step)
     client.log_table(run, _columns(samples) | {"step": [step] * len(samples)}, f"{key}.json")
+
+
+def _pictures(samples: Sequence[Trajectory]) -> list[Any]:
+    return list(convert_images([s.image for s in samples if s.image is not None], "pil"))
 
 
 def _columns(samples: Sequence[Trajectory]) -> dict[str, list[Any]]:
