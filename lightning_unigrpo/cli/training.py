@@ -143,12 +143,19 @@ def run_folders(trainer: Namespace) -> list[str]:
 class SaveRun(SaveConfigCallback):
     """Save, beside the configuration, what the run ran on: ``environment.json``."""
 
+    folder: str | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.folder = trainer.log_dir  # asks the first rank, so all of them ask
+        super().setup(trainer, pl_module, stage)
+
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write on the first rank; Lightning calls it there."""
-        if trainer.log_dir is not None:
+        """Write; Lightning calls it on the first rank only."""
+        if self.folder is not None:
             text = json.dumps(describe(), indent=1)
-            (Path(trainer.log_dir) / "environment.json").write_text(text + "\n", encoding="utf-8")
+            (Path(self.folder) / "environment.json").write_text(text + "\n", encoding="utf-8")
 
 
 def build(cli: type[CLI], args: ArgsType = None, **settings: Any) -> CLI:
