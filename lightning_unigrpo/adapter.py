@@ -76,7 +76,9 @@ class Adapter(nn.Module, ABC):
 
     Text is opened, decoded and closed by the adapter: marks that the layout forces (the begin mark of
     a text, the stop token of a text that ran into its limit, begin and end of an image) are fed by
-    :meth:`next_logits` and :meth:`extend` and are never actions of the policy.
+    :meth:`next_logits` and :meth:`extend` and are never actions of the policy. A given text may be a
+    request, or an answer that was sampled in an earlier round: an answer ends with the stop token or has
+    ``stopped=False``, which tells the two apart where the layout opens and closes answers only.
     """
 
     net: nn.Module
@@ -139,7 +141,8 @@ class Adapter(nn.Module, ABC):
             active: ``[B]`` bool.
 
         Returns:
-            ``[B, V]`` logits, untempered; rows that are not active hold anything finite.
+            ``[B, V]`` logits, untempered; rows that are not active hold anything finite. What must never
+            be drawn as a word (marks, codes) is left out behind V, or is -inf.
         """
 
     def velocity(self, cache: Cache, latents: Tensor, sigma: Tensor, grid: Grid) -> Tensor:
@@ -369,7 +372,10 @@ class Adapter(nn.Module, ABC):
         return []
 
     def idle(self) -> None:
-        """Call ``net`` once, for nothing: ranks whose rows are done keep step with the others."""
+        """Call ``net`` once, for nothing: ranks whose rows are done keep step with the others.
+
+        By default on no rows; where the backbone refuses an empty batch, on one that is thrown away.
+        """
         none = torch.zeros(0, dtype=torch.bool, device=next(self.net.parameters()).device)
         self.next_logits(self.prefill([]), None, none)
 
@@ -398,6 +404,25 @@ class Adapter(nn.Module, ABC):
     def defaults(self) -> Defaults | None:
         """Return prompts and rewards for a user who brings none; None = there are none."""
         return None
+
+
+def dropout_rates(net: nn.Module) -> dict[str, float]:
+    """Return every probability above 0 with which a network drops out, by module and attribute.
+
+    Attention keeps its rate as a number of its own: ``dropout``, ``attention_dropout``, ``attn_dropout_p``.
+
+    Example:
+        >>> dropout_rates(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1), nn.Dropout(0.0)))
+        {'1.p': 0.1}
+    """
+    found = {}
+    for name, module in net.named_modules():
+        is_layer = "dropout" in type(module).__name__.lower()
+        for key, rate in vars(module).items():
+            is_rate = key == "p" if is_layer else "dropout" in key
+            if is_rate and isinstance(rate, float) and rate > 0:
+                found[f"{name}.{key}"] = rate
+    return found
 
 
 def token_log_probs(

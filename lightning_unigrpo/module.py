@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self, override
 
 from lightning_unigrpo import distributed
-from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.adapter import Adapter, dropout_rates
 from lightning_unigrpo.budget import GIB, MemoryBudget
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping
@@ -148,12 +148,11 @@ class UniGRPOModule(LightningModule):
         return list(wrap([CLIPScore()]))
 
     def _refuse_dropout(self) -> None:
-        for name, child in self.adapter.net.named_modules():
-            if isinstance(child, nn.Dropout) and child.p > 0:
-                raise ValueError(
-                    f"adapter.net.{name} drops out with p={child.p}: rollout and training would be two "
-                    "policies. Build the backbone (and its LoRA) with dropout 0."
-                )
+        for name, rate in dropout_rates(self.adapter.net).items():
+            raise ValueError(
+                f"adapter.net.{name} is {rate}: with dropout, rollout and training would be two policies. "
+                "Build the backbone (and its LoRA) with dropout 0."
+            )
 
     def _refuse_averaging(self) -> None:
         """Lightning's callback calls :meth:`configure_model` where no strategy shards, so none would."""

@@ -6,7 +6,6 @@ import time
 
 import torch
 
-
 COSTS = ("time/", "throughput/", "memory/")
 """How the names begin of what is logged here: no two runs have the same."""
 

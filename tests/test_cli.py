@@ -111,6 +111,7 @@ def test_ctrl_c_loses_nothing(folder: Path, times: int) -> None:
         with pytest.raises(SystemExit):  # Lightning leaves with code 1 after a KeyboardInterrupt
             run(fit(*press))
     assert not (version(1) / "report.json").exists()
+    assert (version(1) / "report.html").exists() == (times == 1)
     saved = torch.load("kept/last.ckpt", weights_only=False)
     assert saved["iteration"] == (2 if times == 1 else 1)
     run(fit("--ckpt_path=kept/last.ckpt"))

@@ -314,6 +314,18 @@ def test_bf16_recomputes_the_old_policy_and_logs_the_mismatch(toy: Any, tmp_path
     assert metrics["text/log_ratio_max"] <= 5e-5  # recomputed by the training path itself
 
 
+@pytest.mark.parametrize("kind", ["layer", "number"])
+def test_dropout_is_refused(kind: str) -> None:
+    """Attention of ``transformers`` keeps its rate as a number, which no layer shows."""
+    adapter = ToyFlow()
+    if kind == "layer":
+        adapter.net.drop = torch.nn.Dropout(0.1)
+    else:
+        next(adapter.net.children()).attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"adapter\.net\..* is 0\.1: with dropout"):
+        UniGRPOModule(adapter)
+
+
 def test_csv_logger_holds_every_iteration(tmp_path: Path) -> None:
     module = UniGRPOModule(ToyFlow(), sampling=small(), objective=objective(), optim=optim())
     fit(tmp_path, module, 3, logger=CSVLogger(tmp_path), log_every_n_steps=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
-DATA = {".json", ".jsonl", ".npz", ".safetensors", ".txt"}
+DATA = {".css", ".jinja", ".js", ".json", ".jsonl", ".npz", ".pyi", ".safetensors", ".txt"}
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,7 @@ from lightning_unigrpo.callbacks.folder import EvaluationFolder
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping
 from lightning_unigrpo.callbacks.predictions import PredictionWriter
 from lightning_unigrpo.callbacks.progress import RolloutProgress
+from lightning_unigrpo.callbacks.recorder import RolloutRecorder
 from lightning_unigrpo.callbacks.reference import ReferenceVelocity
 from lightning_unigrpo.callbacks.report import RunReport
 from lightning_unigrpo.callbacks.rewards import RewardLogger
@@ -22,6 +23,7 @@ __all__ = [
     "RewardLogger",
     "RolloutGrouping",
     "RolloutProgress",
+    "RolloutRecorder",
     "RunReport",
     "SavePretrained",
     "UniGRPOCallback",

@@ -1,4 +1,4 @@
-"""What a run achieved, on one screen: a table, a curve, and samples before and after."""
+"""What a run achieved, on one screen and on one page: a table, a curve, samples before and after."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.figures import reward_curve, sample_grid
+from lightning_unigrpo.report import write
 from lightning_unigrpo.types import Trajectory
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ class RunReport(UniGRPOCallback):
     """Compare the model before and after training on the test prompts.
 
     The command line runs ``test`` before and after ``fit`` when this callback is present; in Python call
-    ``trainer.test`` twice. Writes ``report.json``, ``reward_curve.png`` and ``samples.png`` into the
-    logger's folder (or ``trainer.default_root_dir``), and prints a table that says where they lie.
+    ``trainer.test`` twice. Writes ``report.json``, ``reward_curve.png``, ``samples.png`` and the page
+    ``report.html`` into the logger's folder (or ``trainer.default_root_dir``), and prints a table that
+    says where they lie.
 
     Args:
         num_samples: test prompts in the before/after grid.
@@ -80,7 +83,7 @@ class RunReport(UniGRPOCallback):
 
     def write(self, trainer: Trainer) -> Path:
         """Write the files and print the table, on the first rank; return the folder. For all ranks."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first rank
+        folder = self._folder(trainer)
         if not trainer.is_global_zero:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,9 +93,21 @@ class RunReport(UniGRPOCallback):
         sample_grid(self.samples).savefig(folder / "samples.png", dpi=120)
         console = Console()
         console.print(self.table())
-        for name in ("reward_curve.png", "samples.png", "report.json"):
+        write_page(folder)
+        names = ("reward_curve.png", "samples.png", "report.json", "report.html")
+        for name in (name for name in names if (folder / name).exists()):
             console.print(f"{folder / name}", highlight=False, soft_wrap=True)
         return folder
+
+    def write_page_alone(self, trainer: Trainer) -> None:
+        """Make the page of a run that was interrupted, on the first rank. For all ranks."""
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            write_page(folder)
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir)  # asks the first rank
 
     def table(self) -> Table:
         """Return the test metrics as a table, one column before and one after."""
@@ -112,3 +127,14 @@ class RunReport(UniGRPOCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train, self.held_out = list(state_dict["train"]), list(state_dict["held_out"])
+
+
+def write_page(folder: Path) -> None:
+    """Make ``report.html`` of a run's folder; what goes wrong is said, and stops nothing."""
+    try:
+        write(folder)
+    except Exception as error:  # the run is over and saved: what went wrong here costs a page
+        rank_zero_warn(
+            f"report.html could not be made ({type(error).__name__}: {error}). unigrpo report {folder} "
+            "tries again."
+        )

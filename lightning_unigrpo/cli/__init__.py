@@ -56,9 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         overview(name)
     command = COMMANDS[name]
+    # As `python -m` does, but last: a reward in a file beside the configuration is found by its name.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         if command.reads_configs:
-            rest = [*from_environment(name, os.environ), *rest]
+            words = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+            rest[words:words] = from_environment(name, os.environ)
         if command.module == "training":
             rest = [name, *rest]
         import_module(f"{__name__}.{command.module}").run(rest)

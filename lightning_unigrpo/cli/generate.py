@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from itertools import takewhile
@@ -51,6 +52,10 @@ def run(arguments: Sequence[str]) -> Path:
         "init_args": {"folder": str(known.output), "scale": known.scale},
     }
     progress = {"class_path": "lightning_unigrpo.callbacks.RolloutProgress"}
+    # Of the callbacks that wrote the checkpoint, none has anything to say here.
+    warnings.filterwarnings(
+        "ignore", "Be aware that when using `ckpt_path`, callbacks", UserWarning
+    )
     with TemporaryDirectory() as folder:
         training.run(
             [

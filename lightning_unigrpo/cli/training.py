@@ -59,14 +59,18 @@ class UniGRPOCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
-        """Measure the trained model and write the report, unless the run was interrupted."""
+        """Measure the trained model and write the report; of an interrupted run only the page."""
         report = self._report()
         checkpoints = [
             c for c in self.trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)
         ]
-        if report is not None and not any(c.interrupted for c in checkpoints):
-            self.trainer.test(self.model, self.datamodule, verbose=False)
-            report.write(self.trainer)
+        if report is None:
+            return
+        if any(c.interrupted for c in checkpoints):
+            report.write_page_alone(self.trainer)
+            return
+        self.trainer.test(self.model, self.datamodule, verbose=False)
+        report.write(self.trainer)
 
     def _report(self) -> RunReport | None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -11,7 +11,10 @@ there is wrong everywhere, and all of them take a second.
 from __future__ import annotations
 
 import math
+import sys
+import traceback
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 
@@ -75,7 +78,9 @@ def _choose_prompts(adapter: Adapter, prompts: Sequence[Prompt] | None) -> list[
         prompts = [*defaults.train[:50], *defaults.val[:50]] if defaults is not None else []
     if not prompts:
         name = type(adapter).__name__
-        raise ValueError(f"{name} brings no prompts: call check_adapter(adapter, prompts=[...]).")
+        raise ValueError(
+            f"{name} brings no prompts: call check_adapter(adapter, prompts=[...]), or give --prompts."
+        )
     by_length = sorted(prompts, key=lambda prompt: len(prompt.text.split()))
     return [by_length[0], by_length[-1], by_length[len(by_length) // 2]]
 
@@ -93,5 +98,16 @@ def _run(check: Check, subject: Subject, rounds: int | None) -> Result:
     except NoRolloutError:
         value, detail = None, "needs a rollout"
     except Exception as error:  # whatever an adapter under test raises is a finding
-        detail = f"{type(error).__name__}: {error}"
+        detail = f"{type(error).__name__}: {error} ({_where(error, subject.adapter)})"
+    if value is not None and math.isnan(value):
+        detail = detail or "a value that is not finite, or another shape"
     return Result(check=check, rounds=rounds, value=value, bound=bound, detail=detail)
+
+
+def _where(error: Exception, adapter: Adapter) -> str:
+    """Return the place in the adapter's own files that an error came through, else where it arose."""
+    classes = [c for c in type(adapter).__mro__ if issubclass(c, Adapter) and c is not Adapter]
+    files = {getattr(sys.modules.get(c.__module__), "__file__", None) for c in classes}
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [frame for frame in frames if frame.filename in files][-1:] or frames[-1:]
+    return ", ".join(f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in last)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_unigrpo.adapter import Adapter
+from lightning_unigrpo.adapter import Adapter, dropout_rates
 from lightning_unigrpo.testing.report import (
     Finding,
     rule,
@@ -109,14 +109,7 @@ def wrapped(adapter: Adapter) -> Iterator[None]:
 )
 def no_dropout(s: Subject) -> Finding:
     """Modules with a dropout probability above 0."""
-    found = []
-    for name, module in s.adapter.net.named_modules():
-        if "dropout" in type(module).__name__.lower():
-            rate = getattr(module, "p", 0.0)
-        else:
-            rate = getattr(module, "dropout", 0.0)
-        if isinstance(rate, float) and rate > 0:
-            found.append(f"{name} (p={rate})")
+    found = [f"{name} = {rate}" for name, rate in dropout_rates(s.adapter.net).items()]
     return Finding(len(found), short_list(found))
 
 
@@ -167,7 +160,7 @@ def state_dict_round_trip(s: Subject) -> float:
 
 @rule(
     "idle() calls net and each of shard_units() exactly once, and changes nothing",
-    mend="run net once on no rows at all, through every unit: ranks in step gather a unit per call",
+    mend="run net once, on no rows or on one to throw away: ranks in step gather each unit per call",
     bound=0,
 )
 def idle(s: Subject) -> Finding:

@@ -193,11 +193,16 @@ class Subject:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Return ``max ||a - b|| / ||b||`` over rows ``[B, *]``, NaN if anything is not finite."""
+    """Return ``max ||a - b|| / ||b||`` over rows ``[B, *]``, NaN if anything is not finite.
+
+    Where both are -inf they agree: so logits say what must never be drawn.
+    """
     if a.shape != b.shape:
         return math.nan
     if not a.numel():
         return 0.0
+    never = (a == -math.inf) & (b == -math.inf)
+    a, b = a.masked_fill(never, 0), b.masked_fill(never, 0)
     error, size = (a - b).double().flatten(1).norm(dim=1), b.double().flatten(1).norm(dim=1)
     return float((error / size.clamp_min(1e-12)).max())
 
