@@ -11,6 +11,7 @@ bits from the same gathered rewards. Shape letters: ``n`` rollouts of all groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -141,6 +142,47 @@ def gdpo_advantages(
     _, _, live = _moments(combined, known, index)
     mean, spread, _ = _moments(combined, live, torch.zeros_like(index))
     return _finish((combined - mean) / (spread + eps), live, clamp, rewards)
+
+
+def round_returns(
+    rewards: Tensor,
+    kind: Literal["last", "each", "improvement"],
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    r"""Return what the rest of a trajectory was worth, from each of its rounds on.
+
+    ``G_k = sum_{j >= k} r_j`` with ``r_j = w_j R_j`` (``each``), ``w_j (R_j - R_{j-1})`` and ``R_0 = 0``
+    (``improvement``), or nothing but ``r_K = R_K`` (``last``).
+
+    Source: ``last``: UniGRPO, https://arxiv.org/abs/2603.23500 (one terminal reward).
+
+    Deviation: ``each`` and ``improvement`` are not in the paper. With weights of 1 the improvements add up to
+    ``R_K``: over a whole trajectory they are the paper's reward, and differ from it in later rounds only.
+
+    Args:
+        rewards: ``[n, K, m]`` float, of the image of each round; NaN = could not be scored.
+        kind: which images count.
+        weights: K of them, unitless; ``None`` = 1 each.
+
+    Returns:
+        ``[n, K, m]``, NaN where a reward that counts is.
+
+    Example:
+        >>> rewards = torch.tensor([[[0.25], [0.75]]])
+        >>> round_returns(rewards, "each").squeeze(), round_returns(rewards, "improvement").squeeze()
+        (tensor([1.0000, 0.7500]), tensor([0.7500, 0.5000]))
+    """
+    each = rewards
+    if kind == "improvement":
+        each = torch.cat([rewards[:, :1], rewards.diff(dim=1)], 1)
+    weight = rewards.new_ones(rewards.shape[1])
+    if kind == "last":
+        weight[:-1] = 0
+    elif weights is not None:
+        weight = rewards.new_tensor(weights)
+    # A round that does not count may be unknown.
+    worth = torch.where(weight[:, None] == 0, 0.0, weight[:, None] * each)
+    return worth.flip(1).cumsum(1).flip(1)
 
 
 def num_masked_groups(groups: Tensor, usable: Tensor) -> int:

@@ -227,6 +227,13 @@ class Objective:
     """Added to the standard deviation, unit of the reward (paper: not stated)."""
     advantage_clamp: float = 5.0
     """Largest absolute advantage (paper: not stated; Flow-GRPO: 5)."""
+    round_rewards: Literal["last", "each", "improvement"] = "last"
+    """Which of a trajectory's images are worth something: the last (paper), each, or each by what it adds to
+    the one before. The others cost a decoding and a scoring for every image."""
+    round_weights: tuple[float, ...] | None = None
+    """Weight of each round's reward, in order; ``None`` = 1 each."""
+    round_credit: Literal["trajectory", "round"] = "trajectory"
+    """Compare whole trajectories (paper), or round by round what came in that round and after it."""
     combine_rewards: Literal["sum", "gdpo"] = "sum"
     """Weighted sum, then group normalisation; or each reward normalised first (GDPO)."""
     truncation_reward: float | None = 0.0
@@ -261,6 +268,11 @@ class Objective:
         _require(
             self.text_weight > 0 or self.flow_weight > 0 or bool(self.image_token_weight),
             "objective.text_weight and objective.flow_weight are both 0: nothing would be learned.",
+        )
+        _require(
+            self.round_weights is None or self.round_rewards != "last",
+            f"objective.round_weights is {self.round_weights} with objective.round_rewards 'last', which has "
+            "one reward: leave the weights out, or choose 'each' or 'improvement'.",
         )
         _off_paper(
             self.mse_weight > 0 and self.latent_kl_weight > 0,
@@ -375,6 +387,8 @@ class Evaluation:
     """Rollouts per prompt (GenEval: 4), each with draws of its own that are the same in every evaluation."""
     thinking: bool = True
     """Whether texts are drawn; without them the last image of the plan follows the prompt alone."""
+    every_round: bool = False
+    """Whether every image of a trajectory is scored, beside the last: as ``reward/round_1`` and so on."""
     task_column: str = "tag"
     """Column with the name of a prompt's GenEval task: its rewards are logged by task, too."""
 

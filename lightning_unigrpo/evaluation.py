@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.callbacks.base import Experience
-from lightning_unigrpo.callbacks.grouping import penalise_truncation
+from lightning_unigrpo.callbacks.grouping import penalised_rounds
 from lightning_unigrpo.callbacks.rewards import diversity, saturation
 from lightning_unigrpo.config import Evaluation, Objective, Sampling
 from lightning_unigrpo.metrics import ScoreMetric
@@ -34,14 +34,17 @@ class Figures(nn.ModuleDict):
     Args:
         names: of the rewards.
         evaluation: says how many images a prompt has, and which column names its task.
+        rounds: images of a trajectory.
     """
 
-    def __init__(self, names: Sequence[str], evaluation: Evaluation) -> None:
+    def __init__(self, names: Sequence[str], evaluation: Evaluation, rounds: int = 1) -> None:
         self.rewards = ("reward", *(f"reward/{name}" for name in names))
+        several = range(1, rounds + 1) if evaluation.every_round and rounds > 1 else ()
+        self.all = (*self.rewards, *(f"reward/round_{k}" for k in several), *OTHERS)
         metrics = {
             f"{stage}/{name}": ScoreMetric(tasks=TASKS if name in self.rewards else ())
             for stage in ("val", "test")
-            for name in (*self.rewards, *OTHERS)
+            for name in self.all
         }
         super().__init__(metrics)
         self.evaluation = evaluation
@@ -66,7 +69,7 @@ class Figures(nn.ModuleDict):
         the combined one the ``std`` where a prompt has several images. What was never seen is left out.
         """
         found: dict[str, Tensor] = {}
-        for name in (*self.rewards, *OTHERS):
+        for name in self.all:
             key, metric = f"{stage}/{name}", cast(ScoreMetric, self[f"{stage}/{name}"])
             numbers = metric.compute()
             metric.reset()
@@ -76,7 +79,7 @@ class Figures(nn.ModuleDict):
             found[key] = mean
             if name == "reward" and self.evaluation.num_images > 1:
                 found[f"{key}/std"] = spread
-            if name.startswith("reward/"):
+            if name in self.rewards[1:]:
                 found[f"{key}/failures"] = failures
             found |= {f"{key}/{task}": value for task, value in numbers.items()}
         return found
@@ -84,16 +87,19 @@ class Figures(nn.ModuleDict):
 
 def evaluation_values(experience: Experience, objective: Objective) -> dict[str, Tensor]:
     """Return ``[n]`` values per trajectory under their names in the logs; NaN = not scorable."""
-    rewards = penalise_truncation(experience, objective.truncation_reward)
-    trajectories = experience.trajectories
+    by_round = penalised_rounds(experience, objective.truncation_reward)
+    rewards, trajectories = by_round[:, -1], experience.trajectories
     columns = zip(experience.reward_names, rewards.unbind(1), strict=True)
+    combined = combine(by_round, experience.reward_weights)  # [n, K]
+    rounds = combined.unbind(1) if experience.round_rewards is not None else ()
     lengths = [
         sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
         for t in trajectories
     ]
     return {
-        "reward": combine(rewards, experience.reward_weights),
+        "reward": combined[:, -1],
         **{f"reward/{name}": column for name, column in columns},
+        **{f"reward/round_{k}": each for k, each in enumerate(rounds, 1)},
         "stopped": torch.tensor([float(t.stopped) for t in trajectories]),
         "text_length": torch.tensor(lengths, dtype=torch.float32),
         "image/diversity": _spread(trajectories),

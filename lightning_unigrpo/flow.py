@@ -336,6 +336,7 @@ def draw_window(
     seed: int = 0,
     step: int = 0,
     group: int = 0,
+    image: int = 0,
 ) -> range:
     """Choose which contiguous steps of a rollout are stochastic.
 
@@ -343,8 +344,8 @@ def draw_window(
     one further at every iteration, back to ``low`` after the last start. Never the last step of the
     schedule: nothing after it would remove its noise from the image.
 
-    The draw is a function of (seed, step, group) alone: all members of a group on all ranks share
-    it, a resumed run repeats it, and no global generator moves.
+    The draw is a function of (seed, step, group, image) alone: all members of a group on all ranks
+    share it, a resumed run repeats it, and no global generator moves.
 
     Source: UniGRPO, https://arxiv.org/abs/2603.23500, Table 3 (size 3 in [0, 5]); Flow-GRPO-Fast;
     ``sliding``: MixGRPO, https://arxiv.org/abs/2507.21802.
@@ -358,6 +359,7 @@ def draw_window(
         seed: >= 0, of the run.
         step: >= 0, iteration.
         group: >= 0, id of the group.
+        image: >= 0, which of a trajectory's images: each has a window of its own.
 
     Returns:
         K consecutive steps inside ``[low, min(high, T - 1))``.
@@ -379,7 +381,8 @@ def draw_window(
         )
     if mode == "random":
         # NumPy keeps the raw words the same in every version, not what integers() makes of them.
-        word = np.random.Philox(np.random.SeedSequence([seed, step, group])).random_raw()
+        key = [seed, step, group, *([image] if image else [])]
+        word = np.random.Philox(np.random.SeedSequence(key)).random_raw()
         offset = int(word) % num_starts
     elif mode in ("fixed", "sliding"):
         offset = step % num_starts if mode == "sliding" else 0

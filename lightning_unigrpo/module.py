@@ -65,6 +65,7 @@ from lightning_unigrpo.types import (
     TokenImageSegment,
     Trajectory,
     sampled,
+    until_each_image,
 )
 
 
@@ -130,8 +131,10 @@ class UniGRPOModule(LightningModule):
         self.budget = MemoryBudget(adapter, self.sampling, self.optim)
         self._micro_batch_size = self.optim.micro_batch_size
         self.evaluation = evaluation or Evaluation()
-        self.figures = Figures(reward_names(self._eval_rewards), self.evaluation)
+        rounds = self.evaluation_plan.count("image")
+        self.figures = Figures(reward_names(self._eval_rewards), self.evaluation, rounds)
         self._refuse_dropout()
+        self._refuse_round_weights()
 
     def _choose_rewards(
         self, rewards: Sequence[Callable[..., Any]] | None, defaults: Defaults | None
@@ -152,6 +155,14 @@ class UniGRPOModule(LightningModule):
             raise ValueError(
                 f"adapter.net.{name} is {rate}: with dropout, rollout and training would be two policies. "
                 "Build the backbone (and its LoRA) with dropout 0."
+            )
+
+    def _refuse_round_weights(self) -> None:
+        weights, rounds = self.objective.round_weights, self.sampling.plan.count("image")
+        if weights is not None and len(weights) != rounds:
+            raise ValueError(
+                f"objective.round_weights is {weights}, and sampling.plan draws {rounds} images: give a "
+                "weight for each."
             )
 
     def _refuse_averaging(self) -> None:
@@ -296,6 +307,7 @@ class UniGRPOModule(LightningModule):
         if evaluate:
             rewards = self._eval_rewards
             sampling = replace(sampling, plan=self.evaluation_plan)
+        every_image = self._scores_every_image(evaluate=evaluate)
         runner = RewardRunner(rewards, self.device)
         try:
             runner.prepare()
@@ -312,25 +324,35 @@ class UniGRPOModule(LightningModule):
                         # The same draws in every evaluation: curves then show the policy alone.
                         iteration=0 if evaluate else self.iteration,
                         evaluate=evaluate,
+                        every_image=every_image,
                         progress=self.progress,
                     ):
                         trajectories += chunk
                         self.progress("reward", len(trajectories), len(starts))
-                        runner.submit(chunk)
+                        runner.submit([part for t in chunk for part in until_each_image(t)])
                 matrix, details = runner.finish(check=False)  # grouping asks over all ranks
         except Exception as raised:  # whatever a backbone or a required reward raises
             error = raised
         distributed.agree(error)
+        rounds = sampling.plan.count("image") if every_image else 1
+        by_round = matrix.reshape(len(trajectories), rounds, len(runner.names))
+        matrix = by_round[:, -1]
         for trajectory, row in zip(trajectories, matrix.tolist(), strict=True):
             trajectory.rewards = dict(zip(runner.names, row, strict=True))
         return Experience(
             trajectories=trajectories,
             iteration=self.iteration,
             rewards=matrix.to(self.device),
+            round_rewards=by_round.to(self.device) if every_image else None,
             reward_names=tuple(runner.names),
             reward_weights=runner.weights.to(self.device),
             details=details,
         )
+
+    def _scores_every_image(self, *, evaluate: bool) -> bool:
+        if evaluate:
+            return self.evaluation.every_round and self.evaluation_plan.count("image") > 1
+        return self.objective.round_rewards != "last" and self.sampling.plan.count("image") > 1
 
     @contextmanager
     def _rollout_weights(self) -> Iterator[None]:

@@ -164,19 +164,19 @@ def combine(rewards: Tensor, weights: Tensor) -> Tensor:
     ``R_i = sum_j w_j r_ij`` over finite ``r_ij`` with ``w_j != 0``; NaN when there is none.
 
     Args:
-        rewards: ``[n, m]`` float32, NaN = not scorable.
+        rewards: ``[*, m]`` float32, NaN = not scorable.
         weights: ``[m]`` float32.
 
     Returns:
-        ``[n]`` float32.
+        ``[*]`` float32.
 
     Example:
         >>> combine(torch.tensor([[1.0, 2.0], [1.0, torch.nan]]), torch.tensor([1.0, 0.5]))
         tensor([2., 1.])
     """
     counted = rewards.isfinite() & (weights != 0)
-    total = torch.where(counted, rewards * weights, 0.0).sum(1)
-    return torch.where(counted.any(1), total, torch.nan)
+    total = torch.where(counted, rewards * weights, 0.0).sum(-1)
+    return torch.where(counted.any(-1), total, torch.nan)
 
 
 PATIENCE = 3

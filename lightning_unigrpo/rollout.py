@@ -24,6 +24,7 @@ from lightning_unigrpo.types import (
     Grid,
     ImageSegment,
     Prompt,
+    Round,
     Segment,
     TextSegment,
     TokenImageSegment,
@@ -397,6 +398,7 @@ def rollout(
     *,
     iteration: int = 0,
     evaluate: bool = False,
+    every_image: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[list[Trajectory]]:
     """Yield finished trajectories, chunk by chunk, in the order of ``starts``.
@@ -410,6 +412,7 @@ def rollout(
         iteration: part of the key of every draw.
         evaluate: greedy text (or ``sampling.eval_temperature``), ODE with
             ``sampling.eval_num_timesteps``, guidance if asked for, and no window.
+        every_image: decode every image that is drawn (``Trajectory.rounds``), or only the last.
         progress: told what is being drawn and how far it is.
 
     Yields:
@@ -418,7 +421,10 @@ def rollout(
     size = sampling.rows_per_chunk or max(1, len(starts))
     for first in range(0, len(starts), size):
         chunk = starts[first : first + size]
-        yield _Chunk(adapter, chunk, sampling, iteration, evaluate, progress).run()
+        drawn = _Chunk(adapter, chunk, sampling, iteration, evaluate, progress).run()
+        if "image" in sampling.plan:
+            decode_images(adapter, drawn, sampling.plan.count("image") if every_image else 1)
+        yield drawn
 
 
 class _Chunk:
@@ -528,7 +534,7 @@ class _Chunk:
             noise,
             sigmas,
             grid,
-            windows=[self._window(start, len(sigmas) - 1) for start in starts],
+            windows=[self._window(start, place, len(sigmas) - 1) for start in starts],
             window_noise=window_noise.to(self.device),
             sampling=s,
             progress=self.progress,
@@ -553,13 +559,15 @@ class _Chunk:
             grid,
             temperature=1.0 if self.evaluate else s.temperature,
             # One step more than there are: the last may be trained as well as any other.
-            windows=None if self.evaluate else [self._window(start, count + 1) for start in starts],
+            windows=None
+            if self.evaluate
+            else [self._window(start, place, count + 1) for start in starts],
             unconditional=unconditional,
             guidance_scale=s.guidance_scale,
             progress=self.progress,
         )
 
-    def _window(self, start: Start, num_steps: int) -> range:
+    def _window(self, start: Start, place: int, num_steps: int) -> range:
         s = self.sampling
         return draw_window(
             num_steps,
@@ -570,6 +578,7 @@ class _Chunk:
             seed=self.seed,
             step=self.iteration,
             group=start.group,
+            image=s.plan[:place].count("image"),
         )
 
     def _finish(self) -> list[Trajectory]:
@@ -578,24 +587,45 @@ class _Chunk:
             for s, row in zip(self.starts, self.rows, strict=True)
         ]
         for trajectory in done:
-            texts = [s for s in trajectory.segments if isinstance(s, TextSegment) and s.is_sampled]
-            trajectory.completion = "\n".join(self.adapter.detokenize(s.tokens) for s in texts)
-        if "image" in self.sampling.plan:
-            self._decode(done)
+            trajectory.completion = _words(self.adapter, trajectory.segments)
         return done
 
-    def _decode(self, trajectories: list[Trajectory]) -> None:
-        last = [
-            next(s for s in reversed(t.segments) if not isinstance(s, TextSegment))
-            for t in trajectories
+
+def _words(adapter: Adapter, segments: Sequence[Segment]) -> str:
+    texts = [s for s in segments if isinstance(s, TextSegment) and s.is_sampled]
+    return "\n".join(adapter.detokenize(text.tokens) for text in texts)
+
+
+def decode_images(adapter: Adapter, trajectories: Sequence[Trajectory], count: int) -> None:
+    """Turn the last images of trajectories into pixels.
+
+    Args:
+        adapter: decodes them.
+        trajectories: get their ``image``, and with more than one their ``rounds``.
+        count: how many of each, at least 1.
+    """
+    places = [
+        [i for i, s in enumerate(t.segments) if not isinstance(s, TextSegment)][-count:]
+        for t in trajectories
+    ]
+    for number in range(count):
+        ends = [each[number] for each in places]
+        pixels = _pixels(adapter, [t.segments[i] for t, i in zip(trajectories, ends, strict=True)])
+        for trajectory, image, end in zip(trajectories, pixels, ends, strict=True):
+            trajectory.image = image
+            if count > 1:
+                words = _words(adapter, trajectory.segments[:end])
+                trajectory.rounds.append(Round(image, words, end + 1))
+
+
+def _pixels(adapter: Adapter, images: Sequence[Any]) -> list[Tensor]:
+    """Decode grid by grid: the rows of one call share it."""
+    found: dict[int, Tensor] = {}
+    for grid in dict.fromkeys(image.grid for image in images):
+        members = [b for b, image in enumerate(images) if image.grid == grid]
+        codes = [
+            images[b].latent if isinstance(images[b], ImageSegment) else images[b].tokens
+            for b in members
         ]
-        for grid in dict.fromkeys(image.grid for image in last):
-            members = [b for b, image in enumerate(last) if image.grid == grid]
-            codes = [
-                i.latent if isinstance(i, ImageSegment) else i.tokens
-                for i in (last[b] for b in members)
-            ]
-            for b, pixels in zip(
-                members, self.adapter.decode(torch.stack(codes), grid), strict=True
-            ):
-                trajectories[b].image = pixels
+        found |= zip(members, adapter.decode(torch.stack(codes), grid), strict=True)
+    return [found[b] for b in range(len(images))]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -162,6 +162,17 @@ class TokenImageSegment:
 Segment: TypeAlias = TextSegment | ImageSegment | TokenImageSegment
 
 
+class Round(NamedTuple):
+    """How a trajectory stood when one of its images had been drawn."""
+
+    image: Tensor
+    """``[3, H, W]`` float32 in [0, 1], decoded."""
+    completion: str
+    """All text that was sampled before it, in words."""
+    num_segments: int
+    """Segments so far, the image included."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Trajectory:
     """One rollout: the state is any prefix of ``segments``, an action a token or a transition."""
@@ -176,6 +187,8 @@ class Trajectory:
     """``[3, H, W]`` float32 in [0, 1], the last image drawn, decoded."""
     completion: str = ""
     """All sampled text of the trajectory in words, for rewards and logs."""
+    rounds: list[Round] = field(default_factory=list)
+    """One for each image that was drawn, where more than the last is scored; else empty."""
     rewards: dict[str, float] = field(default_factory=dict)
     """One number per reward; NaN = not scorable."""
     reward: float = float("nan")
@@ -187,6 +200,33 @@ class Trajectory:
     def stopped(self) -> bool:
         """Whether every sampled text ended with its stop token inside the length limit."""
         return all(s.stopped for s in self.segments if isinstance(s, TextSegment) and s.is_sampled)
+
+
+def until_each_image(trajectory: Trajectory) -> list[Trajectory]:
+    """Return the trajectory as it stood after each round, itself alone where its rounds are not known."""
+    return [
+        replace(
+            trajectory,
+            segments=trajectory.segments[: each.num_segments],
+            image=each.image,
+            completion=each.completion,
+            rounds=[],
+        )
+        for each in trajectory.rounds
+    ] or [trajectory]
+
+
+def sampled_by_round(trajectory: Trajectory) -> Iterator[tuple[int, Segment]]:
+    """Walk the sampled segments with the number of their round, from 0: an image ends one.
+
+    Words behind the last image count to its round.
+    """
+    segments = [segment for _, segment in sampled([trajectory])]
+    last = sum(not isinstance(segment, TextSegment) for segment in segments) - 1
+    number = 0
+    for segment in segments:
+        yield min(number, max(last, 0)), segment
+        number += not isinstance(segment, TextSegment)
 
 
 @dataclass(kw_only=True, eq=False)

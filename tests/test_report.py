@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lightning_unigrpo import (
+    Objective,
     Prompt,
     PromptDataModule,
     RunReport,
@@ -30,9 +33,9 @@ from lightning_unigrpo import (
 from lightning_unigrpo.adapters.digits import DigitsAdapter
 from lightning_unigrpo.callbacks import IterationCheckpoint, RolloutRecorder
 from lightning_unigrpo.callbacks.recorder import choose_groups
-from lightning_unigrpo.callbacks.report import _write_page
+from lightning_unigrpo.callbacks.report import write_page
 from lightning_unigrpo.report import thumbnails, write
-from lightning_unigrpo.report.groups import WORDS, room_for_words, thin
+from lightning_unigrpo.report.groups import WORDS, gather_groups, room_for_words, thin
 from lightning_unigrpo.report.read import Group, Member, align, find_run, read_run
 from lightning_unigrpo.report.thumbnails import make
 from tests.interrupts import PressCtrlC
@@ -43,15 +46,21 @@ SIZE = 3
 
 
 def train(
-    folder: Path, *callbacks: Callback, steps: int = 4, logger: Any = False, **changes: Any
+    folder: Path,
+    *callbacks: Callback,
+    steps: int = 4,
+    logger: Any = False,
+    sampling: dict[str, Any] | None = None,
+    objective: Objective | None = None,
+    **changes: Any,
 ) -> Trainer:
     """Run a few small iterations of the digits task."""
     adapter = DigitsAdapter()
-    sampling = Sampling(
+    settings = Sampling(
         group_size=SIZE, max_text_tokens=12, num_timesteps=3, schedule="steps", shift=1.0, eta=0.7,
-        window_size=2, window_range=(0, 2), eval_num_timesteps=3,
+        window_size=2, window_range=(0, 2), eval_num_timesteps=3, **(sampling or {}),
     )  # fmt: skip
-    module = UniGRPOModule(adapter, sampling=sampling)
+    module = UniGRPOModule(adapter, sampling=settings, objective=objective)
     prompts = adapter.defaults()
     data = PromptDataModule.from_prompts(prompts.train[:6], prompts.val[:4], prompts.test[:4])
     data.prompts_per_iteration = 2
@@ -112,6 +121,35 @@ def test_what_is_recorded_is_what_was_drawn(run: tuple[Path, Record]) -> None:
             assert trajectory.image is not None
             exact = 255 * trajectory.image.permute(1, 2, 0).numpy()
             assert np.abs(pixels - exact).max() <= 0.5 + 1e-4  # rounded, nothing lost
+
+
+def test_rounds_are_recorded_and_shown_in_their_order(tmp_path: Path) -> None:
+    record = Record()
+    sampling = {"plan": ("text", "image", "text", "image")}
+    train(
+        tmp_path,
+        record,
+        RolloutRecorder(every=1, groups=1),
+        steps=1,
+        sampling=sampling,
+        objective=Objective(round_rewards="each"),
+    )
+    (line,) = lines(tmp_path / "rollouts" / "groups.jsonl")
+    shown = gather_groups(read_run(tmp_path)).rows[0]["members"]
+    for member, on_page, trajectory in zip(
+        line["members"], shown, record.experience[0].trajectories, strict=False
+    ):
+        names = [*member["earlier"], member["image"]]
+        for name, uri, drawn in zip(
+            names, [*on_page["earlier"], on_page["image"]], trajectory.rounds, strict=True
+        ):
+            exact = (255 * drawn.image).round().byte().permute(1, 2, 0).numpy()
+            for source in (
+                tmp_path / "rollouts" / "images" / name,
+                io.BytesIO(base64.b64decode(uri.partition(",")[2])),
+            ):
+                with Image.open(source) as image:
+                    assert np.array_equal(np.asarray(image), exact)
 
 
 def test_test_samples_are_recorded_before_and_after(run: tuple[Path, Record]) -> None:
@@ -298,7 +336,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_made_does_not_end_a_run(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"holds no run.*unigrpo report"):
-        _write_page(tmp_path)
+        write_page(tmp_path)
 
 
 def test_the_report_needs_no_torch() -> None:

@@ -19,7 +19,7 @@ def train(source: str, updates: int) -> UniGRPOModule:
     module = UniGRPOModule(
         Emu3Adapter(source, size=(8, 8)),
         rewards=[redness],
-        sampling=Sampling(group_size=8, max_text_tokens=6),
+        sampling=Sampling(group_size=8, max_text_tokens=6, seed=0),
         objective=Objective(truncation_reward=None),  # random weights hardly ever stop
         optim=Optim(text_lr=1e-2, ppo_epochs=1),
     )

@@ -23,6 +23,8 @@ class Experience:
     iteration: int
     rewards: Tensor
     """``[n, m]`` float32, one column per reward, NaN = not scorable."""
+    round_rewards: Tensor | None = None
+    """``[n, K, m]``, of the image of each round, where more than the last is scored."""
     reward_names: tuple[str, ...]
     reward_weights: Tensor
     """``[m]`` float32."""

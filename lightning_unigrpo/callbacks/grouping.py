@@ -11,11 +11,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_unigrpo import distributed
-from lightning_unigrpo.advantage import Advantages, gdpo_advantages, group_advantages
+from lightning_unigrpo.advantage import (
+    Advantages,
+    gdpo_advantages,
+    group_advantages,
+    round_returns,
+)
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.reward import combine, require_scores
 from lightning_unigrpo.rollout import Start
-from lightning_unigrpo.types import Prompt, sampled
+from lightning_unigrpo.types import Prompt, sampled_by_round, until_each_image
 
 if TYPE_CHECKING:
     from lightning_unigrpo.module import UniGRPOModule
@@ -57,29 +62,31 @@ class RolloutGrouping(UniGRPOCallback):
     @override
     def on_rewards(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
         trajectories, objective = experience.trajectories, module.objective
-        rewards = penalise_truncation(experience, objective.truncation_reward)
-        for trajectory, reward in zip(
-            trajectories, combine(rewards, experience.reward_weights).tolist(), strict=True
-        ):
+        rewards = penalised_rounds(experience, objective.truncation_reward)
+        last = combine(rewards[:, -1], experience.reward_weights)
+        for trajectory, reward in zip(trajectories, last.tolist(), strict=True):
             trajectory.reward = reward
         groups = torch.tensor([t.group for t in trajectories], device=rewards.device)
         table = distributed.gather_rows(
-            torch.cat([groups.unsqueeze(1).double(), rewards.double()], 1)
+            torch.cat([groups.unsqueeze(1).double(), rewards.double().flatten(1)], 1)
         )
+        index, rewards = table[:, 0].long(), table[:, 1:].float().unflatten(1, rewards.shape[1:])
         known = distributed.gather_rows(experience.rewards)
         # Made here: a user's subclass may have a constructor of its own, and need not call ours.
         silent: dict[str, int] = vars(self).setdefault("_silent", {})
         require_scores(known, experience.reward_names, experience.reward_weights, silent)
-        everyone = self.advantages(module, table[:, 0].long(), table[:, 1:].float(), experience)
+        returns = round_returns(rewards, objective.round_rewards, objective.round_weights)
+        if objective.round_credit == "trajectory":
+            returns = returns[:, :1]
+        found = [self.advantages(module, index, each, experience) for each in returns.unbind(1)]
         offset = distributed.rank() * len(trajectories)  # assign() deals equal shares
-        for i, trajectory in enumerate(trajectories):
-            trajectory.usable = bool(everyone.usable[offset + i])
-            value = float(everyone.values[offset + i])
-            for _, segment in sampled([trajectory]):
-                segment.advantage = value
-        experience.metrics |= group_metrics(
-            combine(table[:, 1:].float(), experience.reward_weights), table[:, 0].long(), everyone
-        )
+        for i, trajectory in enumerate(trajectories, offset):
+            trajectory.usable = any(bool(each.usable[i]) for each in found)
+            for number, segment in sampled_by_round(trajectory):
+                segment.advantage = float(found[min(number, len(found) - 1)].values[i])
+        combined = combine(rewards, experience.reward_weights)
+        experience.metrics |= group_metrics(combined[:, -1], index, found[0])
+        experience.metrics |= round_metrics(combined)
 
     def advantages(
         self, module: UniGRPOModule, groups: Tensor, rewards: Tensor, experience: Experience
@@ -101,18 +108,31 @@ class RolloutGrouping(UniGRPOCallback):
         return group_advantages(combined, groups, scale=objective.advantage_scale, **settings)
 
 
-def penalise_truncation(experience: Experience, truncation_reward: float | None) -> Tensor:
-    """Return the rewards ``[n, m]`` with those of truncated reasoning replaced.
+def penalised_rounds(experience: Experience, truncation_reward: float | None) -> Tensor:
+    """Return the rewards ``[n, K, m]`` of each round with those behind truncated reasoning replaced.
 
     When the limit equals the longest useful text the stop token has no effect on the image, and
-    drifts away unless its absence costs something.
+    drifts away unless its absence costs something. Where only the last image is scored, K is 1.
     """
+    rewards = experience.round_rewards
+    if rewards is None:
+        rewards = experience.rewards.unsqueeze(1)
     if truncation_reward is None:
-        return experience.rewards
-    cut = torch.tensor(
-        [not t.stopped for t in experience.trajectories], device=experience.rewards.device
-    )
-    return torch.where(cut.unsqueeze(1), truncation_reward, experience.rewards)
+        return rewards
+    rounds = [[part.stopped for part in until_each_image(t)] for t in experience.trajectories]
+    stopped = torch.tensor(rounds, device=rewards.device).reshape(rewards.shape[:2]).bool()
+    return torch.where(stopped.unsqueeze(2), rewards, truncation_reward)
+
+
+def round_metrics(reward: Tensor) -> dict[str, float]:
+    """Return the mean of each round, where there are several.
+
+    Args:
+        reward: ``[n, K]`` combined, NaN = not scorable.
+    """
+    if reward.shape[1] == 1:
+        return {}
+    return {f"reward/round_{k + 1}": float(each.nanmean()) for k, each in enumerate(reward.T)}
 
 
 def group_metrics(reward: Tensor, groups: Tensor, advantages: Advantages) -> dict[str, float]:

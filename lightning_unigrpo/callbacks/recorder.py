@@ -38,7 +38,8 @@ class RolloutRecorder(UniGRPOCallback):
     """Write some groups of a run into ``rollouts`` in the logger's folder, for ``unigrpo report``.
 
     ``groups.jsonl`` holds a line per group: iteration, prompt, and for each member reasoning, rewards,
-    advantage and the name of its image in ``images``. ``samples.jsonl`` holds the first test prompts
+    advantage and the name of its image in ``images``, and of those of earlier rounds where they are
+    scored (``objective.round_rewards``). ``samples.jsonl`` holds the first test prompts
     in the same form, under ``base`` before training and ``trained`` after it. The last iteration is
     written too, also of a run that is interrupted.
 
@@ -178,15 +179,18 @@ def record(group: Sequence[Trajectory], *, title: str, iteration: int, size: int
         iteration: the group was drawn in, or the number of them before a test.
         size: members of the whole group, on all ranks.
     """
-    prompt, pictures, members = group[0].prompt, {}, []
+    prompt, members = group[0].prompt, []
+    pictures: dict[str, Image] = {}
     for trajectory in group:
-        name = None
-        if trajectory.image is not None:
-            (picture,) = convert_images([trajectory.image.detach().float()], "pil")
-            suffix = "png" if max(picture.size) <= SMALL else "jpg"
-            name = f"{title}-{iteration:06d}-{trajectory.group}-{trajectory.member}.{suffix}"
-            pictures[name] = picture
-        members.append(_member(trajectory) | {"image": name})
+        drawn = {
+            f"{title}-{iteration:06d}-{trajectory.group}-{trajectory.member}{place}": image
+            for place, image in _images(trajectory).items()
+        }
+        named = {_file(name, picture): picture for name, picture in drawn.items()}
+        pictures |= named
+        files = [*named]
+        last = files[-1] if files else None
+        members.append(_member(trajectory) | {"image": last, "earlier": files[:-1]})
     line = {
         "title": title,
         "iteration": iteration,
@@ -197,6 +201,20 @@ def record(group: Sequence[Trajectory], *, title: str, iteration: int, size: int
         "members": members,
     }
     return Record(line, pictures)
+
+
+def _images(trajectory: Trajectory) -> dict[str, Image]:
+    """Return what was drawn, in order, by what its name ends with: of the last image nothing."""
+    if trajectory.image is None:
+        return {}
+    earlier = [each.image for each in trajectory.rounds[:-1]]
+    pictures = convert_images([x.detach().float() for x in (*earlier, trajectory.image)], "pil")
+    ends = [*(f"-round{number}" for number in range(1, len(pictures))), ""]
+    return dict(zip(ends, pictures, strict=True))
+
+
+def _file(name: str, picture: Image) -> str:
+    return f"{name}.png" if max(picture.size) <= SMALL else f"{name}.jpg"
 
 
 def _member(trajectory: Trajectory) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def gather_groups(run: Run) -> Shown:
     members = [member for group in chosen for member in group.members]
     texts = [member.reasoning for member in members] + [group.prompt for group in chosen]
     limit = room_for_words(texts)
-    found = make([m.image for m in members if m.image], IMAGES)
+    found = make([image for member in members for image in member.images], IMAGES)
     uris = iter(found.uris)
     rows = [_row(group, uris, limit) for group in chosen]
     return Shown(
@@ -53,7 +53,7 @@ def gather_samples(run: Run) -> Shown:
     drawn = [
         (title, m) for each in by_prompt.values() for title, group in each for m in group.members
     ]
-    found = make([m.image for _, m in drawn if m.image], SAMPLE_IMAGES)
+    found = make([image for _, member in drawn for image in member.images], SAMPLE_IMAGES)
     uris = iter(found.uris)
     rows = [
         {
@@ -104,6 +104,7 @@ def _entry(member: Member, uris: Iterator[str | None], limit: int | None) -> dic
         "advantage": None if member.advantage is None else f"{member.advantage:+.2f}",
         "stopped": member.stopped,
         "usable": member.usable,
+        "earlier": [next(uris) for _ in member.earlier],
         "drawn": member.image is not None,
         "image": next(uris) if member.image else None,
     }

@@ -19,11 +19,23 @@ function element(name, className, ...children) {
   return made;
 }
 
+function image(source, alt) {
+  const made = element("img");
+  made.src = source;
+  made.alt = alt;
+  return made;
+}
+
 function picture(member, group) {
   if (!member.image) return element("div", "noimage", member.drawn ? "image missing" : "no image");
-  const made = element("img");
-  made.src = member.image;
-  made.alt = `Image of member ${member.member} for: ${group.prompt}`;
+  return image(member.image, `Image of member ${member.member} for: ${group.prompt}`);
+}
+
+function earlier(member) {
+  const made = element("div", "earlier");
+  member.earlier.forEach((source, i) => {
+    if (source) made.append(image(source, `Round ${i + 1} of member ${member.member}`));
+  });
   return made;
 }
 
@@ -41,6 +53,7 @@ function facts(member) {
 
 function card(member, group) {
   const made = element("li", "", picture(member, group), facts(member));
+  if (member.earlier.length) made.prepend(earlier(member));
   if (!member.stopped) made.append(element("div", "tag", "cut at the limit"));
   if (!member.usable) made.append(element("div", "tag", "not learned from"));
   const reasoning = element("div", "reasoning", member.reasoning || "(no reasoning)");

@@ -38,6 +38,14 @@ class Member:
     stopped: bool
     usable: bool
     image: Path | None
+    """The last one that it drew."""
+    earlier: tuple[Path, ...] = ()
+    """Those of its rounds before, where they were recorded."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All of them, in the order of drawing."""
+        return (*self.earlier, *([self.image] if self.image is not None else []))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +287,7 @@ def _member(record: dict[str, Any], images: Path) -> Member:
         usable=bool(record["usable"]),
         # The name alone: a line that was tampered with leads nowhere else.
         image=images / Path(record["image"]).name if record["image"] else None,
+        earlier=tuple(images / Path(name).name for name in record.get("earlier", ())),
     )
 
 
