@@ -238,6 +238,9 @@ def test_generate_wants_prompts_first(
 
 def test_export_writes_the_weights_of_the_checkpoint(folder: Path) -> None:
     run(fit(steps=1))
+    kept = json.loads((version(0) / "environment.json").read_text())
+    assert kept["torch"] == torch.__version__
+    assert kept["cores"] == str(len(os.sched_getaffinity(0)))
     config = ["--config", str(version(0) / "config.yaml")]
     main(["export", *config, "--ckpt_path=last", "--output=model"])
     last = version(0) / "checkpoints" / "last.ckpt"
@@ -264,8 +267,6 @@ EXPORTS = {
 def test_export_refuses_before_it_reads_weights(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "no LoRA to leave apart":
-        run(fit(steps=1))
     torch.save({"state_dict": {}}, "foreign.ckpt")
     monkeypatch.setattr(DigitsAdapter, "materialize", lambda _: pytest.fail("too late"))
     arguments, message = EXPORTS[name]
@@ -332,10 +333,3 @@ def test_a_hub_that_does_not_answer_is_no_error() -> None:
     line = doctor_module.reach("http://127.0.0.1:9", timeout=0.5)
     assert line.state == "none"
     assert "http://127.0.0.1:9 does not answer" in line.says
-
-
-def test_a_run_keeps_what_it_ran_on(folder: Path) -> None:
-    run(fit(steps=1))
-    kept = json.loads((version(0) / "environment.json").read_text())
-    assert kept["torch"] == torch.__version__
-    assert kept["cores"] == str(len(os.sched_getaffinity(0)))

@@ -38,10 +38,10 @@ def run(arguments: Sequence[str]) -> Path:
     )
     known, rest = parser.parse_known_args(arguments)
     cli = build(SettingsCLI, rest, run=False, save_config_callback=None)
+    writer = writer_of(cli.model.adapter, merge_lora=known.merge_lora == "true")
     found = find_checkpoint(known.ckpt_path, cli.config.trainer)
     if found is None:
         raise ValueError(f"ckpt_path is {known.ckpt_path}, and no checkpoint was written yet.")
-    writer = writer_of(cli.model.adapter, merge_lora=known.merge_lora == "true")
     with as_a_file(find_whole(Path(found)), known.output) as file:
         load(cli.model, file)
     writer(known.output)
