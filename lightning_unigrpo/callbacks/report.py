@@ -83,7 +83,7 @@ class RunReport(UniGRPOCallback):
 
     def write(self, trainer: Trainer) -> Path:
         """Write the files and print the table, on the first rank; return the folder. For all ranks."""
-        folder = self._folder(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first rank
         if not trainer.is_global_zero:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,6 @@ class RunReport(UniGRPOCallback):
         for name in (name for name in names if (folder / name).exists()):
             console.print(f"{folder / name}", highlight=False, soft_wrap=True)
         return folder
-
-    def write_page_alone(self, trainer: Trainer) -> None:
-        """Make the page of a run that was interrupted, on the first rank. For all ranks."""
-        folder = self._folder(trainer)
-        if trainer.is_global_zero:
-            write_page(folder)
-
-    @staticmethod
-    def _folder(trainer: Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir)  # asks the first rank
 
     def table(self) -> Table:
         """Return the test metrics as a table, one column before and one after."""

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_unigrpo.callbacks import IterationCheckpoint, RunReport
+from lightning_unigrpo.callbacks.report import write_page
 from lightning_unigrpo.checkpoint import MANIFEST, META, accept, find_whole, latest_checkpoint
 from lightning_unigrpo.data import PromptDataModule
 from lightning_unigrpo.environment import describe
@@ -59,18 +60,17 @@ class UniGRPOCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, verbose=False)
 
     def after_fit(self) -> None:
-        """Measure the trained model and write the report; of an interrupted run only the page."""
-        report = self._report()
+        """Make the page about the run, after the test that a :class:`RunReport` asks for."""
+        report, folder = self._report(), self.trainer.log_dir  # asks the first rank
         checkpoints = [
             c for c in self.trainer.checkpoint_callbacks if isinstance(c, IterationCheckpoint)
         ]
-        if report is None:
-            return
-        if any(c.interrupted for c in checkpoints):
-            report.write_page_alone(self.trainer)
-            return
-        self.trainer.test(self.model, self.datamodule, verbose=False)
-        report.write(self.trainer)
+        if report is not None and not any(c.interrupted for c in checkpoints):
+            self.trainer.test(self.model, self.datamodule, verbose=False)
+            report.write(self.trainer)
+        elif self.trainer.loggers and folder is not None and self.trainer.is_global_zero:
+            write_page(Path(folder))
+            rank_zero_info(f"The run as a page: {Path(folder) / 'report.html'}")
 
     def _report(self) -> RunReport | None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
