@@ -2,7 +2,7 @@ PYTHON ?= python
 # Nothing here needs a network: weights and data come with the packages.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-scaling docs clean
+.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-rounds bench-scaling docs clean
 
 demo:  ## train the built-in digits model on the CPU
 	unigrpo fit --config configs/digits.yaml
@@ -25,7 +25,7 @@ fix:  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-communication bench-scaling
+bench: bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-rounds bench-communication bench-scaling
 
 bench-communication:  ## bytes between ranks, counted over gloo on 2 and 4 processes
 	$(PYTHON) -m benchmarks.communication --out benchmarks/results/communication.json
@@ -47,6 +47,9 @@ bench-rewards:  ## rewards over the network: beside the rollout, and when the se
 
 bench-rollout:
 	$(PYTHON) benchmarks/rollout.py
+
+bench-rounds:  ## one, two and three rounds: caches extended or built anew, one packed pass or several; about 5 minutes of one core
+	$(PYTHON) -m benchmarks.rounds --out benchmarks/results/rounds.json
 
 bench-scaling:  ## bounds for large models, computed
 	$(PYTHON) benchmarks/scaling.py --out benchmarks/results/scaling.json

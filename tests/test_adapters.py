@@ -67,7 +67,7 @@ def checked(adapter: Any, **settings: Any) -> Report:
 def test_contract(build: Any) -> None:
     adapter = build()
     before = [p.clone() for p in adapter.parameters()]
-    report = checked(adapter, rounds=(1, 2))
+    report = checked(adapter, rounds=(1, 2, 3))
     assert not report.failed, str(report)
     assert all(torch.equal(p, old) for p, old in zip(adapter.parameters(), before, strict=True))
 
@@ -278,6 +278,40 @@ def padded_pack(self: Any, *args: Any) -> Rows:
     return replace(rows, block=rows.block.clamp_min(0))
 
 
+def unhidden_pack(self: Any, *args: Any) -> Rows:
+    rows = ToyFlow.pack(self, *args)
+    return replace(rows, hidden=torch.zeros_like(rows.hidden))
+
+
+def last_state_read(self: Any, segment: Any, steps: slice) -> list[Block]:
+    """Each copy holds the state behind its own: what the network is to lead to."""
+    if segment.states is not None:
+        states = torch.cat([segment.states[1:], segment.states[-1:]])
+        segment = replace(segment, states=states)
+    return ToyFlow.image_blocks(self, segment, steps)
+
+
+def without_clean(self: Any, segment: Any, steps: slice) -> list[Block]:
+    """Drawn images are scored, and forgotten."""
+    found = ToyFlow.image_blocks(self, segment, steps)
+    return [block for block in found if block.hidden or not segment.is_sampled]
+
+
+def clean_before_noisy(self: Any, segment: Any, steps: slice) -> list[Block]:
+    return ToyFlow.image_blocks(self, segment, steps)[::-1]
+
+
+def hidden_codes(self: Any, segment: Any, steps: slice) -> list[Block]:
+    return [block._replace(hidden=True) for block in ToyTokens.image_blocks(self, segment, steps)]
+
+
+def centred_forward(self: Any, *args: Any) -> Scores:
+    """Trajectories that are packed together meet in a mean."""
+    scores = ToyFlow.forward(self, *args)
+    mean = torch.cat([v.flatten() for v in scores.velocity]).mean()
+    return replace(scores, velocity=[v - mean for v in scores.velocity])
+
+
 def mixed_forward(
     self: Any, trajectories: Sequence[Trajectory], steps: slice = slice(None)
 ) -> Scores:
@@ -444,6 +478,15 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("batch_invariance", changed(ToyFlow, forward=mixed_forward)),
     ("slices_of_steps", changed(ToyFlow, forward=sliced_forward)),
     ("causality", changed(ToyFlow, pack=leaky_pack)),
+    ("later_rounds", changed(ToyFlow, pack=leaky_pack)),
+    ("later_rounds", changed(ToyTokens, pack=leaky_pack)),
+    ("later_rounds", changed(ToyMasked, pack=leaky_pack)),
+    ("noisy_copies", changed(ToyFlow, pack=unhidden_pack)),
+    ("noisy_copies", changed(ToyFlow, image_blocks=last_state_read)),
+    ("noisy_copies", changed(ToyFlow, forward=centred_forward)),
+    ("clean_image", changed(ToyFlow, image_blocks=without_clean)),
+    ("clean_image", changed(ToyFlow, image_blocks=clean_before_noisy)),
+    ("clean_image", changed(ToyTokens, image_blocks=hidden_codes)),
     ("given_equals_sampled", changed(ToyFlow, forward=blind_to_kind)),
     ("train_mode", changed(ToyFlow, forward=training_forward)),
     ("gradient_checkpointing", changed(ToyFlow, forward=checkpointed_forward)),

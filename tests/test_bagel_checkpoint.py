@@ -306,10 +306,17 @@ def test_resizing_for_the_tower() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "rounds"),
-    [("draw", 1), ("draw", 2), ("edit", 1), pytest.param("edit", 2, marks=pytest.mark.slow)],
+    [
+        ("draw", 1),
+        ("draw", 2),
+        pytest.param("draw", 3, marks=pytest.mark.slow),
+        ("edit", 1),
+        pytest.param("edit", 2, marks=pytest.mark.slow),
+        pytest.param("edit", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_contract(folder: Path, kind: str, rounds: int) -> None:
-    """Text-to-image and editing, ragged prompts, a size that is not square, one and two rounds."""
+    """Text-to-image and editing, ragged prompts, a size that is not square, one to three rounds."""
     generator = torch.Generator().manual_seed(0)
     pictures = [
         torch.rand(3, 40, 64, generator=generator),

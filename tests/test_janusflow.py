@@ -96,13 +96,14 @@ def test_contract(folder: Path, settings: dict[str, Any]) -> None:
     check_adapter(adapter, prompts=PROMPTS, only=only)
 
 
-def test_contract_of_editing(folder: Path) -> None:
+@pytest.mark.parametrize("rounds", [(1, 2), pytest.param((3,), marks=pytest.mark.slow)], ids=str)
+def test_contract_of_editing(folder: Path, rounds: tuple[int, ...]) -> None:
     """Prompts with one input picture, none, and two."""
     prompts = [
         replace(p, images=tuple(picture(20, 30) for _ in range(n)))
         for p, n in zip(PROMPTS, (1, 0, 2), strict=True)
     ]
-    check_adapter(load(folder), prompts=prompts)
+    check_adapter(load(folder), prompts=prompts, rounds=rounds)
 
 
 def test_the_image_loss_can_be_kept_from_the_reasoning(folder: Path) -> None:

@@ -210,10 +210,12 @@ def test_contract(settings: dict[str, Any]) -> None:
     check_adapter(golden_adapter(**settings), PROMPTS)
 
 
-def test_contract_with_input_images() -> None:
+@pytest.mark.parametrize("rounds", [(1, 2), pytest.param((3,), marks=pytest.mark.slow)], ids=str)
+def test_contract_with_input_images(rounds: tuple[int, ...]) -> None:
+    """In one prompt of two."""
     picture = torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0))
     prompts = [replace(PROMPTS[0], images=(picture,)), PROMPTS[1]]
-    check_adapter(golden_adapter(), prompts)
+    check_adapter(golden_adapter(), prompts, rounds=rounds)
 
 
 def test_other_pictures_are_other_rows(adapter: JanusProAdapter) -> None:

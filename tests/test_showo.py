@@ -151,10 +151,18 @@ def test_a_sampling_run_is_replayed(adapter: Tiny) -> None:
 # ---- the contract
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"lora": LoRA(rank=2)}])
-def test_contract(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "rounds"),
+    [
+        ({}, (1, 2)),
+        ({"gradient_checkpointing": True}, (1, 2)),
+        ({"lora": LoRA(rank=2)}, (1, 2)),
+        pytest.param({}, (3,), marks=pytest.mark.slow),
+    ],
+)
+def test_contract(settings: dict[str, Any], rounds: tuple[int, ...]) -> None:
     tiny = build(**settings, max_prompt_tokens=48)
-    check_adapter(tiny, prompts=PROMPTS, rounds=[1, 2])
+    check_adapter(tiny, prompts=PROMPTS, rounds=rounds)
 
 
 def drawn(adapter: Tiny, **settings: Any) -> list[Trajectory]:

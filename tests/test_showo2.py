@@ -114,13 +114,14 @@ def test_contract(folder: Path, settings: dict[str, Any]) -> None:
     check_adapter(load(folder, system_prompt="think", **settings), prompts=PROMPTS, only=only)
 
 
-def test_contract_of_editing(folder: Path) -> None:
+@pytest.mark.parametrize("rounds", [(1, 2), pytest.param((3,), marks=pytest.mark.slow)], ids=str)
+def test_contract_of_editing(folder: Path, rounds: tuple[int, ...]) -> None:
     """Prompts with one input picture, none, and two; a head of its own."""
     prompts = [
         replace(p, images=tuple(picture(20, 30) for _ in range(n)))
         for p, n in zip(PROMPTS, (1, 0, 2), strict=True)
     ]
-    check_adapter(load(folder), prompts=prompts)
+    check_adapter(load(folder), prompts=prompts, rounds=rounds)
 
 
 def test_contract_of_a_head_of_its_own(tmp_path: Path) -> None:

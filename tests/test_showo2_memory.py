@@ -121,11 +121,14 @@ def counted(adapter: Small, settings: Sampling, precision: str) -> Any:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_activations(
     rounds: int, dense: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each trajectory: the copies of weights that autocast makes are there once."""
+    """Of each trajectory: the copies of weights that autocast makes are there once.
+
+    Block by block, words of a third round keep a mask and what they see, too: 2 % at this width.
+    """
     if not dense:
         monkeypatch.setattr(attention, "DENSE_LIMIT", 0)
     adapter, settings = build(), sampling(*("text", "image") * rounds)
@@ -133,7 +136,8 @@ def test_activations(
     with precisions(precision, adapter):  # type: ignore[arg-type]
         three, one = (kept_for_backward(adapter, trajectories[:n]) for n in (3, 1))  # type: ignore[arg-type]
     found = counted(adapter, settings, precision).activations
-    assert found == pytest.approx((three - one) / 2, rel=0.015)
+    rel = 0.02 if rounds == 3 and not dense else 0.015
+    assert found == pytest.approx((three - one) / 2, rel=rel)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -154,7 +158,7 @@ def test_activations_with_checkpointing(precision: str) -> None:
 
 @pytest.mark.parametrize("system_prompt", [None, "5 6 7"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
 def test_cache(rounds: int, precision: str, system_prompt: str | None) -> None:
     """Of a rollout, to the byte; beside three times the logits of the next word."""
     adapter, settings = build(system_prompt=system_prompt), sampling(*("text", "image") * rounds)

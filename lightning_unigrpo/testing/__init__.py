@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 
 from lightning_unigrpo.adapter import Adapter
-from lightning_unigrpo.testing import cached, network, packed, policy  # noqa: F401 - in running order
+from lightning_unigrpo.testing import (  # noqa: F401 - in running order
+    cached,
+    network,
+    packed,
+    policy,
+    visibility,
+)
 from lightning_unigrpo.testing.report import CHECKS, Check, Finding, NoRolloutError, Report, Result
 from lightning_unigrpo.testing.subject import Subject
 from lightning_unigrpo.types import Prompt

@@ -119,16 +119,16 @@ def slices_of_steps(s: Subject) -> float | None:
 
 
 @rule(
-    "nothing that comes later changes an earlier score",
+    "an earlier score is the same without what comes later, but for the rounding of another length",
     mend="check the mask: text is causal, a copy that is scored is invisible to later segments",
     per_round=True,
 )
 def causality(s: Subject) -> float:
-    """Change of the scores when the last segment, then all but the first text, is cut off."""
+    """Change of the scores when the trajectory ends behind each of its sampled segments."""
     whole, errors = s.adapter(s.trajectories[:1]), []
     trajectory = s.trajectories[0]
     num_given = sum(not segment.is_sampled for segment in trajectory.segments)
-    for end in (len(trajectory.segments) - 1, num_given + 1):
+    for end in range(num_given + 1, len(trajectory.segments)):
         cut = s.adapter([replace(trajectory, segments=trajectory.segments[:end])])
         start = Scores(
             text=whole.text[: len(cut.text)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import TypeAlias
 
@@ -110,18 +111,48 @@ class Subject:
 
     def codes(self) -> Tensor:
         """Return the codes ``[3, N]`` of discrete images."""
-        cache = self.adapter.prefill(self.contexts)
         num = self.grid[0] * self.grid[1]
-        num_codes = self.image_output(cache).shape[-1]
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(num_codes, (3, num), generator=generator).to(self.device)
+        return torch.randint(self.num_codes, (3, num), generator=generator).to(self.device)
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes a place of a discrete image may hold."""
+        return self.image_output(self.adapter.prefill(self.contexts)).shape[-1]
 
     def history(self) -> list[list[Segment]]:
-        """Return what follows the prompts: a text; with two rounds also an image and a text."""
+        """Return what follows the prompts: a text, and an image and another text per further round."""
         texts = self.texts()
-        if self.rounds == 1:
-            return [[text] for text in texts]
-        return [list(row) for row in zip(texts, self.pictures(), texts[::-1], strict=True)]
+        places: list[Sequence[Segment]] = [texts]
+        for number in range(1, self.rounds):
+            turned = texts[::-1] if number % 2 else texts
+            places += [self.pictures(), turned]
+        return [list(row) for row in zip(*places, strict=True)]
+
+    # ---- the same segments with other contents
+
+    def other(self, segment: Segment) -> Segment:
+        """Return a sampled segment of the same length in which everything is another."""
+        if isinstance(segment, TextSegment):
+            one, two = self.texts()[2].tokens[:2]
+            words = torch.where(segment.tokens == one, two, one)
+            is_stop = segment.tokens == self.adapter.stop_token
+            return replace(segment, tokens=segment.tokens.where(is_stop, words))
+        found = self.other_image(segment)
+        if isinstance(found, ImageSegment) and found.states is not None:
+            found.states = found.states + 1
+        return found
+
+    def other_image(
+        self, image: ImageSegment | TokenImageSegment
+    ) -> ImageSegment | TokenImageSegment:
+        """Return an image whose latent, or every code, is another; its noisy states are the same."""
+        found: ImageSegment | TokenImageSegment
+        if isinstance(image, ImageSegment):
+            found = replace(image, latent=image.latent + 1)
+        else:
+            found = replace(image, tokens=(image.tokens + 1) % self.num_codes)
+        return self.adapter.look(found) if found.is_context else found
 
     def noise(self, rows: Sequence[int]) -> Tensor:
         """Return ``[B, N, C]`` standard normals, the same for the same row."""
