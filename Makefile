@@ -2,7 +2,7 @@ PYTHON ?= python
 # Nothing here needs a network: weights and data come with the packages.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-rounds bench-scaling docs clean
+.PHONY: demo lint check test test-gpu fix bench bench-communication bench-digits bench-digits-rounds bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-rounds bench-scaling docs clean
 
 demo:  ## train the built-in digits model on the CPU
 	unigrpo fit --config configs/digits.yaml
@@ -25,13 +25,16 @@ fix:  ## format, and mend what ruff can mend
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-bench: bench-digits bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-rounds bench-communication bench-scaling
+bench: bench-digits bench-digits-rounds bench-families bench-iteration bench-ocr bench-rewards bench-rollout bench-rounds bench-communication bench-scaling
 
 bench-communication:  ## bytes between ranks, counted over gloo on 2 and 4 processes
 	$(PYTHON) -m benchmarks.communication --out benchmarks/results/communication.json
 
 bench-digits:
 	$(PYTHON) benchmarks/digits.py
+
+bench-digits-rounds:  ## two rounds against one from the same base; 20 minutes of one core
+	$(PYTHON) benchmarks/digits_rounds.py
 
 bench-families:  ## tiny models of other families learn the digits; 15 minutes on two cores
 	$(PYTHON) -m benchmarks.families

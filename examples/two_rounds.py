@@ -22,7 +22,7 @@ class ShowLast(UniGRPOCallback):
 
 
 def main(steps: int = 20, folder: str = "runs/two_rounds") -> None:
-    adapter = DigitsAdapter()
+    adapter = DigitsAdapter("two_rounds")  # a base that looks at its drawing
     sampling = replace(adapter.defaults().sampling, plan=("text", "image", "text", "image"))
     last = ShowLast()
     trainer = Trainer(

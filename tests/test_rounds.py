@@ -77,7 +77,9 @@ def test_every_image_is_decoded_as_it_is_alone(toy: Any, evaluate: bool) -> None
             image = part.segments[-1]
             codes = image.latent if toy is ToyFlow else image.tokens
             alone = adapter.decode(codes.unsqueeze(0), image.grid)[0]
-            torch.testing.assert_close(part.image, alone, atol=1e-6, rtol=0)  # a batch adds otherwise
+            torch.testing.assert_close(
+                part.image, alone, atol=1e-6, rtol=0
+            )  # a batch adds otherwise
             texts = [s for s in part.segments if isinstance(s, TextSegment) and s.is_sampled]
             assert len(texts) == number
             words = [adapter.detokenize(text.tokens) for text in texts]

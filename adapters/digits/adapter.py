@@ -18,9 +18,11 @@ from lightning_unigrpo.reward import Reward
 from lightning_unigrpo.types import Defaults, Grid
 
 CHECKPOINTS = ("base", "base1")
+"""Shipped base models of two pretraining seeds."""
+TWO_ROUNDS = "two_rounds"
+"""Shipped base model that looks at its drawing and draws again."""
 FILE = Path("model.safetensors")
 """What a saved model's folder holds."""
-"""Shipped base models of two pretraining seeds."""
 
 
 def digits_config() -> BagelConfig:
@@ -49,7 +51,8 @@ class DigitsAdapter(BagelAdapter):
     """Bagel's code at 0.4 million parameters, words for tokens and 4 x 4 pixels for latents.
 
     Args:
-        checkpoint: ``base`` or ``base1`` (shipped), a safetensors file, or ``None`` for random weights.
+        checkpoint: ``base``, ``base1`` or ``two_rounds`` (shipped), a safetensors file or a folder with
+            one, or ``None`` for random weights.
         detach_context: as in :class:`BagelAdapter`.
         gradient_checkpointing: as in :class:`BagelAdapter`.
     """
@@ -127,14 +130,14 @@ def load_checkpoint(net: BagelNet, checkpoint: str | Path) -> None:
         ValueError: when there is no such file, it cannot be read, or it holds another model: other
             tensors, or the same ones under other settings.
     """
-    path = Path(checkpoint)
-    if str(checkpoint) in CHECKPOINTS:
+    path, shipped = Path(checkpoint), (*CHECKPOINTS, TWO_ROUNDS)
+    if str(checkpoint) in shipped:
         path = WEIGHTS / f"{checkpoint}.safetensors"
     elif path.is_dir():
         path /= FILE
     if not path.is_file():
         raise ValueError(
-            f"adapter.checkpoint is {str(checkpoint)!r}: neither one of {', '.join(CHECKPOINTS)} nor a "
+            f"adapter.checkpoint is {str(checkpoint)!r}: neither one of {', '.join(shipped)} nor a "
             f"safetensors file, nor a folder with {FILE} in it."
         )
     try:

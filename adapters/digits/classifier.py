@@ -87,13 +87,14 @@ class DigitReward:
 
 
 class ReasoningReward:
-    """1 when the reasoning is exactly the right one, else 0; for the logs, with weight 0."""
+    """1 when the first reasoning is exactly the right one, else 0; for the logs, with weight 0."""
 
     def __call__(
         self, *, completions: Sequence[str], reasoning: Sequence[str], **columns: Any
     ) -> list[float]:
-        """Return one number per completion."""
-        return [float(c == r) for c, r in zip(completions, reasoning, strict=True)]
+        """Return one number per completion; each round's text is a line of it."""
+        first = [completion.split("\n")[0] for completion in completions]
+        return [float(c == r) for c, r in zip(first, reasoning, strict=True)]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,23 +14,39 @@ from lightning_unigrpo.adapters.digits.classifier import DigitReward
 from lightning_unigrpo.adapters.digits.task import Split, prompts
 from lightning_unigrpo.flow import ode_step, sigma_schedule
 from lightning_unigrpo.masked import reveal_steps
-from lightning_unigrpo.types import Grid, Prompt, Segment, TextSegment
+from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Segment, TextSegment
+
+LIMIT = 12
+"""Tokens of a text, the stop token included."""
 
 
-@torch.no_grad()
 def think(
     adapter: Adapter,
     rows: Sequence[Prompt],
     *,
     temperature: float = 0.0,
-    limit: int = 12,
+    limit: int = LIMIT,
     seed: int = 0,
 ) -> list[TextSegment]:
     """Decode one reasoning per prompt: greedy, or tempered draws from a seeded generator."""
-    cache = adapter.prefill([adapter.tokenize(prompt) for prompt in rows])
+    contexts = [adapter.tokenize(prompt) for prompt in rows]
+    return write(adapter, contexts, temperature=temperature, limit=limit, seed=seed)
+
+
+@torch.no_grad()
+def write(
+    adapter: Adapter,
+    contexts: Sequence[Sequence[Segment]],
+    *,
+    temperature: float = 0.0,
+    limit: int = LIMIT,
+    seed: int = 0,
+) -> list[TextSegment]:
+    """Decode one text behind each context, as :func:`think` does."""
+    cache = adapter.prefill(contexts)
     generator = torch.Generator().manual_seed(seed)
-    active, fed = torch.ones(len(rows), dtype=torch.bool), None
-    tokens: list[list[int]] = [[] for _ in rows]
+    active, fed = torch.ones(len(contexts), dtype=torch.bool), None
+    tokens: list[list[int]] = [[] for _ in contexts]
     for _ in range(limit):
         logits = adapter.next_logits(cache, fed, active)
         fed = (
@@ -64,16 +80,23 @@ def draw(
     contexts: list[list[Segment]] = [
         [*adapter.tokenize(prompt), text] for prompt, text in zip(rows, texts, strict=True)
     ]
-    cache = adapter.prefill(contexts)
     generator, grid = torch.Generator().manual_seed(seed), adapter.image_grid(rows[0])
-    num = grid[0] * grid[1]
+    cache = adapter.prefill(contexts)
     if adapter.image_policy != "flow":
         return adapter.decode(draw_codes(adapter, cache, grid, generator, num_steps), grid)
-    x = torch.randn(len(rows), num, adapter.latent_channels, generator=generator)
+    return adapter.decode(draw_latents(adapter, cache, grid, generator, num_steps), grid)
+
+
+def draw_latents(
+    adapter: Adapter, cache: Cache, grid: Grid, generator: torch.Generator, num_steps: int = 10
+) -> Tensor:
+    """Return latents ``[B, N, C]`` at the end of the ODE."""
+    shape = (len(cache), grid[0] * grid[1], adapter.latent_channels)
+    x = torch.randn(shape, generator=generator)
     sigmas = sigma_schedule(num_steps, shift=1.0, convention="steps")
     for sigma, sigma_next in itertools.pairwise(sigmas):
         x = ode_step(adapter.velocity(cache, x, sigma.expand(len(x)), grid), x, sigma, sigma_next)
-    return adapter.decode(x, grid)
+    return x
 
 
 def draw_codes(
@@ -162,3 +185,120 @@ def evaluate(adapter: Any, split: Split, *, seed: int = 0) -> dict[str, float]:
     results["forced_wrong_draws_written_digit"] = mean(accuracy(forced["wrong"], other))
     results["forced_wrong_draws_answer"] = mean(accuracy(forced["wrong"], answers))
     return results
+
+
+class Turn(NamedTuple):
+    """What was said and drawn in one round."""
+
+    texts: list[TextSegment]
+    latents: Tensor
+    """``[B, 4, 16]``."""
+    images: Tensor
+    """``[B, 3, 8, 8]`` in [0, 1]."""
+
+
+@torch.no_grad()
+def dialogue(
+    adapter: Adapter,
+    rows: Sequence[Prompt],
+    num_rounds: int,
+    *,
+    seed: int = 0,
+    exchange: bool = False,
+) -> list[Turn]:
+    """Think and draw, round after round, each behind all that came before: greedy text, the ODE.
+
+    Args:
+        adapter: that draws by a flow.
+        rows: B questions.
+        num_rounds: of a text and an image each.
+        seed: of the noise images begin with; another in each round.
+        exchange: show every row the drawing of the row before it instead of its own.
+
+    Returns:
+        ``num_rounds`` rounds.
+    """
+    grid, rounds = adapter.image_grid(rows[0]), list[Turn]()
+    contexts = [list(adapter.tokenize(prompt)) for prompt in rows]
+    for number in range(num_rounds):
+        texts = write(adapter, contexts)
+        for context, text in zip(contexts, texts, strict=True):
+            context.append(text)
+        generator = torch.Generator().manual_seed(1000 * number + seed)
+        latents = draw_latents(adapter, adapter.prefill(contexts), grid, generator)
+        rounds.append(Turn(texts, latents, adapter.decode(latents, grid)))
+        shown = latents.roll(1, 0) if exchange else latents
+        for context, latent in zip(contexts, shown, strict=True):
+            image = ImageSegment(latent=latent, grid=grid, is_context=True)
+            context.append(adapter.look(image))
+    return rounds
+
+
+def evaluate_rounds(
+    adapter: Any, split: Split, num_rounds: int, *, num_seeds: int = 1
+) -> dict[str, float]:
+    """Measure what each round draws on the held-out questions, and what the second makes of the first.
+
+    Args:
+        adapter: with a :class:`WordTokenizer`, that draws by a flow.
+        split: of the questions.
+        num_rounds: 1 or 2.
+        num_seeds: of the noise; figures are means over them.
+
+    Returns:
+        ``reward_1`` and ``accuracy_1`` of the first image, ``reward`` and ``accuracy`` of the last one (0
+        where a text is cut off), accuracy of the first reasoning; of two rounds also how often the second
+        text names the digit that the judge sees in the first image (``reading``), how often a wrong first
+        image is followed by a right one (``mended``) and a right one by a right one (``kept``), where there
+        were any; ``reading`` and ``reward`` where every row is shown another row's drawing
+        (``exchanged_...``).
+    """
+    adapter.eval()
+    found = [_of_rounds(adapter, prompts(split), num_rounds, seed) for seed in range(num_seeds)]
+    values = {name: [f[name] for f in found if name in f] for each in found for name in each}
+    return {name: round(sum(each) / len(each), 4) for name, each in values.items()}
+
+
+def _of_rounds(
+    adapter: Any, rows: Sequence[Prompt], num_rounds: int, seed: int
+) -> dict[str, float]:
+    judge, answers = DigitReward(), torch.tensor([p.columns["answer"] for p in rows])
+    rounds = dialogue(adapter, rows, num_rounds, seed=seed)
+
+    def reward(rounds: Sequence[Turn]) -> float:
+        given = judge(images=rounds[-1].images, answer=answers.tolist())
+        return float((given * _stopped(rounds)).mean())
+
+    results = dict[str, float]()
+    digits = [judge.model(each.images[:, :1] * 2 - 1).argmax(1) for each in rounds]
+    right = [(d == answers) * _stopped(rounds[: n + 1]) for n, d in enumerate(digits)]
+    for n, name in enumerate(("_1", "") if num_rounds > 1 else ("",)):
+        results[f"reward{name}"] = reward(rounds[: n + 1])
+        results[f"accuracy{name}"] = float(right[n].mean())
+    said = [adapter.detokenize(t.tokens) for t in rounds[0].texts]
+    thought = [s == p.columns["reasoning"] for s, p in zip(said, rows, strict=True)]
+    results["reasoning_accuracy"] = float(sum(thought)) / len(rows)
+    results["stopped"] = float(_stopped(rounds).mean())
+    if num_rounds > 1:
+        first, second = right
+        results["reading"] = _reading(adapter, rounds[1].texts, digits[0])
+        for name, before in (("mended", 0), ("kept", 1)):
+            if len(after := second[first == before]):
+                results[name] = float(after.mean())
+        others = dialogue(adapter, rows, num_rounds, seed=seed, exchange=True)
+        results["exchanged_reading"] = _reading(adapter, others[1].texts, digits[0].roll(1))
+        results["exchanged_reward"] = reward(others)
+    return results
+
+
+def _stopped(rounds: Sequence[Turn]) -> Tensor:
+    """Return ``[B]``, 1 where every text so far ended with its stop token."""
+    found = [[float(text.stopped) for text in each.texts] for each in rounds]
+    return torch.tensor(found).amin(0)
+
+
+def _reading(adapter: Any, texts: Sequence[TextSegment], digits: Tensor) -> float:
+    """Return how often a text begins with the digit that is there."""
+    said = [adapter.detokenize(t.tokens)[:1] for t in texts]
+    right = [s == str(d) for s, d in zip(said, digits.tolist(), strict=True)]
+    return float(sum(right)) / len(right)

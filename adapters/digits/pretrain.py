@@ -211,6 +211,12 @@ def teach(
     """
     errors_of = seed if errors_of is None else errors_of
     lessons = Lessons(adapter, teacher or Teacher(), seed, errors_of, levels)
+    take(lessons, steps=steps, batch_size=batch_size, lr=lr)
+
+
+def take(lessons: Lessons, *, steps: int, batch_size: int = 64, lr: float = 2e-3) -> None:
+    """Train the adapter of some lessons in place, as :func:`teach` says."""
+    adapter = lessons.adapter
     optimizer = torch.optim.AdamW(
         [p for p in adapter.net.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98)
     )
@@ -246,9 +252,14 @@ def pretrain(seed: int, steps: int = 1000) -> DigitsAdapter:
         torch.manual_seed(seed)
         adapter = DigitsAdapter(None)
     teach(adapter, seed=seed, steps=steps)
+    round_to_half(adapter)
+    return adapter
+
+
+def round_to_half(adapter: DigitsAdapter) -> None:
+    """Leave the weights that a float16 file holds."""
     for parameter in adapter.net.parameters():
         parameter.data = parameter.data.half().float()
-    return adapter
 
 
 def main(args: Sequence[str] | None = None) -> None:
