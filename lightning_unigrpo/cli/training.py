@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -162,6 +164,19 @@ class SaveRun(SaveConfigCallback):
             (Path(self.folder) / "environment.json").write_text(text + "\n", encoding="utf-8")
 
 
+def asks_for_help(args: ArgsType) -> bool:
+    """Whether a command line prints what settings do.
+
+    Example:
+        >>> asks_for_help(["fit", "--model.sampling.help"]), asks_for_help(["fit", "--print_config"])
+        (True, False)
+    """
+    words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    return any(
+        re.fullmatch(r"-h|--(.+\.)?help|--print_config=.*comments.*", word) for word in words
+    )
+
+
 def build(cli: type[CLI], args: ArgsType = None, **settings: Any) -> CLI:
     """Return a command line that was run, with the settings that all of ours share.
 
@@ -173,9 +188,11 @@ def build(cli: type[CLI], args: ArgsType = None, **settings: Any) -> CLI:
     # https://github.com/Lightning-AI/pytorch-lightning/issues/21326: nothing a user could act on
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
-    # The fields of the settings are documented below each; ${a.b} is rooted at the file, not at a command.
+    # The fields of settings are documented below each, which takes a second to read; ${a.b} is rooted at the
+    # file, not at a command.
     jsonargparse.set_parsing_settings(
-        docstring_parse_attribute_docstrings=True, omegaconf_absolute_to_relative_paths=True
+        docstring_parse_attribute_docstrings=asks_for_help(args),
+        omegaconf_absolute_to_relative_paths=True,
     )
     return cli(
         UniGRPOModule,
