@@ -5,9 +5,9 @@
 
 All arms begin with the shipped base ``two_rounds``, draw as many images while training, and are measured
 on the *test* tuples. *longer* takes one round and twice the iterations, *wider* one round and groups twice
-as large, *two_rounds* thinks, draws, looks, draws again under one reward of the last image, *each_rewarded*
-under a reward of either image, with credit round by round. The arms ``text_only`` freeze the image expert:
-what remains is what words can do. Results lie under ``benchmarks/results/digits_rounds/``, one JSON per run.
+as large, *two_rounds* thinks, draws, looks, draws again under one reward of the last image. The arms
+``text_only`` freeze the image expert: what remains is what words can do. Results lie under
+``benchmarks/results/digits_rounds/``, one JSON per run.
 """
 
 from __future__ import annotations
@@ -34,27 +34,18 @@ class Arm(NamedTuple):
     iterations: int = ITERATIONS
     group: int = GROUP
     text_only: bool = False
-    each_rewarded: bool = False
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Settings beside the task's."""
-        if self.each_rewarded:
-            return {"round_rewards": "each", "round_credit": "round"}
-        return FROZEN if self.text_only else {}
 
 
-FROZEN = {"flow_lr": 0.0, "flow_weight": 0.0, "mse_weight": 0.0}
 ARMS = {
     "longer": Arm("one round, twice the iterations", 1, iterations=2 * ITERATIONS),
     "wider": Arm("one round, groups twice as large", 1, group=2 * GROUP),
     "two_rounds": Arm("two rounds", 2),
-    "each_rewarded": Arm("two rounds, each image rewarded", 2, each_rewarded=True),
     "longer_text_only": Arm(
         "one round, image expert frozen", 1, iterations=2 * ITERATIONS, text_only=True
     ),
     "two_rounds_text_only": Arm("two rounds, image expert frozen", 2, text_only=True),
 }
+FROZEN = {"flow_lr": 0.0, "flow_weight": 0.0, "mse_weight": 0.0}
 KEYS = {
     "reward_1": "first image",
     "reward": "second image",
@@ -94,8 +85,9 @@ def train(name: str, seed: int) -> dict[str, Any]:
                 self.measure(pl_module.iteration)
 
     settings = adapter.defaults()
+    changes = FROZEN if arm.text_only else {}
     objective, optim = (
-        replace(part, **{k: v for k, v in arm.changes.items() if hasattr(part, k)})
+        replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)})
         for part in (settings.objective, settings.optim)
     )
     sampling = replace(
@@ -240,9 +232,8 @@ def figures(_: int) -> None:
 def curves(axis: Any, text_only: bool) -> None:
     """Draw held-out rewards over the images sampled, a thin line a seed."""
     arms = [(name, arm) for name, arm in ARMS.items() if arm.text_only == text_only]
-    colors = ("tab:gray", "tab:brown", "tab:blue", "tab:green")
-    for color, (name, arm) in zip(colors, arms, strict=False):
-        color = "tab:blue" if arm.text_only and arm.rounds == 2 else color
+    for color, (name, arm) in zip(("tab:gray", "tab:brown", "tab:blue"), arms, strict=False):
+        color = "tab:blue" if arm.rounds == 2 else color
         for key, style in (("reward", "-"), ("reward_1", ":")):
             found = [r["curve"] for r in read(name)]
             if not found or key not in found[0][0]:
