@@ -225,9 +225,12 @@ def test_generate_draws_what_the_seed_says(
 
 
 def test_generate_without_thinking_and_from_a_file(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "a" / "predictions.1.jsonl").write_text("{}\n")  # of two ranks, earlier
     drawn, records = generate("p.jsonl", "--thinking=false", output="a")
     assert [record["reasoning"] for record in records] == [""] * 3
     assert set(drawn) == {"0.png", "1.png", "2.png"}
+    assert not (folder / "a" / "predictions.1.jsonl").exists()
 
 
 def test_generate_wants_prompts_first(

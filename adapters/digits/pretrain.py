@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -262,27 +262,47 @@ def round_to_half(adapter: DigitsAdapter) -> None:
         parameter.data = parameter.data.half().float()
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Make one checkpoint and its metrics."""
-    from lightning_unigrpo.adapters.digits.evaluate import evaluate
+def make_checkpoint(
+    make: Callable[[int, int], DigitsAdapter],
+    measure: Callable[..., dict[str, float]],
+    *,
+    steps: int,
+    out: str,
+    args: Sequence[str] | None,
+) -> None:
+    """Make one checkpoint and its metrics, as a command line says.
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    Args:
+        make: called with a seed and a number of steps.
+        measure: called with the adapter and a split.
+        steps: where the command line gives none.
+        out: likewise, the file.
+        args: of the command line; ``None`` = those of the process.
+    """
+    parser = argparse.ArgumentParser(description=(make.__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("base.safetensors"))
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     options = parser.parse_args(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     begin = time.process_time()
-    adapter = pretrain(options.seed, options.steps)
+    adapter = make(options.seed, options.steps)
     seconds = time.process_time() - begin
     options.out.parent.mkdir(parents=True, exist_ok=True)
     adapter.save_pretrained(options.out)
-    metrics = evaluate(adapter, options.split) | {"cpu_seconds": round(seconds, 1)}
+    metrics = measure(adapter, options.split) | {"cpu_seconds": round(seconds, 1)}
     options.out.with_suffix(".json").write_text(
         json.dumps(metrics, indent=1) + "\n", encoding="utf-8"
     )
     log.info("%s", json.dumps(metrics, indent=1))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Make the base model."""
+    from lightning_unigrpo.adapters.digits.evaluate import evaluate
+
+    make_checkpoint(pretrain, evaluate, steps=1000, out="base.safetensors", args=args)
 
 
 if __name__ == "__main__":

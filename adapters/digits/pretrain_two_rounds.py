@@ -11,13 +11,9 @@ was drawn is in no other place to be known from. Minutes on a CPU.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,13 +25,12 @@ from lightning_unigrpo.adapters.digits.pretrain import (
     Lessons,
     Teacher,
     lesson,
+    make_checkpoint,
     noisy_image,
     round_to_half,
     take,
 )
 from lightning_unigrpo.types import ImageSegment, Prompt, Segment, TextSegment, Trajectory
-
-log = logging.getLogger(__name__)
 
 TEACHER = Teacher(no_reasoning=0.0, random_image=0.5)
 
@@ -126,28 +121,13 @@ def pretrain_two_rounds(seed: int, steps: int = 1500) -> DigitsAdapter:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Make the checkpoint and its metrics."""
+    """Make the base model of two rounds."""
     from lightning_unigrpo.adapters.digits.evaluate import evaluate_rounds
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--out", type=Path, default=Path("two_rounds.safetensors"))
-    parser.add_argument("--split", choices=("dev", "test"), default="dev")
-    options = parser.parse_args(args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    begin = time.process_time()
-    adapter = pretrain_two_rounds(options.seed, options.steps)
-    seconds = time.process_time() - begin
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    adapter.save_pretrained(options.out)
-    metrics = evaluate_rounds(adapter, options.split, 2, num_seeds=2) | {
-        "cpu_seconds": round(seconds, 1)
-    }
-    options.out.with_suffix(".json").write_text(
-        json.dumps(metrics, indent=1) + "\n", encoding="utf-8"
+    measure = partial(evaluate_rounds, num_rounds=2, num_seeds=2)
+    make_checkpoint(
+        pretrain_two_rounds, measure, steps=1500, out="two_rounds.safetensors", args=args
     )
-    log.info("%s", json.dumps(metrics, indent=1))
 
 
 if __name__ == "__main__":

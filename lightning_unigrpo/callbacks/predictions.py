@@ -39,8 +39,11 @@ class PredictionWriter(BasePredictionWriter):
         return path
 
     @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        (self._path(trainer) / self._table(trainer)).unlink(missing_ok=True)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Here, before any rank goes on: another number of ranks left other tables.
+        if stage == "predict" and trainer.is_global_zero:
+            for table in self._path(trainer).glob("predictions*.jsonl"):
+                table.unlink()
 
     @staticmethod
     def _table(trainer: Trainer) -> str:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command.module == "training":
             rest = [name, *rest]
         import_module(f"{__name__}.{command.module}").run(rest)
-    except (ArgumentError, ValueError, OSError, RuntimeError, AssertionError) as error:
+    except (ArgumentError, ImportError, ValueError, OSError, RuntimeError) as error:
         if os.environ.get("UNIGRPO_TRACEBACK") or not (_lost_a_rank(error) or _is_ours(error)):
             raise
         text = "\n".join([str(error), *getattr(error, "__notes__", ())])
