@@ -175,7 +175,10 @@ def train(
 ) -> torch.Tensor:
     """Forward and backward; returns the flat gradient."""
     adapter.zero_grad()
-    counts, objective = count(trajectories), Objective(flow_clip_low=1e-3, flow_clip_high=1e-3)
+    counts, objective = (
+        count(trajectories, sampling),
+        Objective(flow_clip_low=1e-3, flow_clip_high=1e-3),
+    )
     parts = [trajectories]
     if not variant.packed:
         parts = [[only(t, TextSegment) for t in trajectories]]

@@ -66,7 +66,7 @@ def main() -> None:
             trajectories,
             objective=objective,
             sampling=sampling,
-            counts=count(trajectories),
+            counts=count(trajectories, sampling),
         )
         optimizer.zero_grad()
         loss.backward()

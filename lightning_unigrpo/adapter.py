@@ -25,6 +25,7 @@ from lightning_unigrpo.types import (
     Prompt,
     Scores,
     Segment,
+    TextSegment,
     Trajectory,
 )
 
@@ -109,12 +110,29 @@ class Adapter(nn.Module, ABC):
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
         """Turn clean latents ``[B, N, C]`` (or codes ``[B, N]``) into ``[B, 3, H, W]`` in [0, 1]."""
 
-    def look(self, image: Any) -> Any:
+    def look(self, image: Any, *, turn_follows: bool = False) -> Any:
         """Return a drawn image, of codes or latents, as later segments will see it, with its ``views``.
 
         The same by default.
+
+        Args:
+            image: with ``is_context``.
+            turn_follows: whether the user speaks next (:meth:`turn`). Where the layout shows a picture in a
+                turn of the user, that one is then left open.
         """
         return image
+
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return what the user says in the middle of a dialogue, with the layout's marks around it.
+
+        Args:
+            text: in words.
+            behind: the segment before it: an answer, or an image that :meth:`look` left in an open turn.
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no turn(text, behind): leave 'turn' out of sampling.plan, or let the "
+            "adapter say how its layout opens and closes what a user says."
+        )
 
     # ---- sampling, without gradients, through a cache
 
@@ -367,7 +385,7 @@ class Adapter(nn.Module, ABC):
         of the ``flow`` group may be listed, although a prompt's pictures may pass through it.
 
         Args:
-            plan: ``text`` and ``image``, the sampled segments in order.
+            plan: the kinds of segments in order: ``text``, ``image``, ``turn``.
         """
         return []
 

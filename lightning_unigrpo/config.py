@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -35,16 +35,44 @@ def _off_paper(condition: bool, message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=4)
 
 
+Kind: TypeAlias = Literal["text", "image", "turn"]
+
+
+class Step(NamedTuple):
+    """One segment of a plan."""
+
+    kind: Kind
+    """Sampled text, sampled image, or given words of the user."""
+    round: int
+    """Number of its round, from 0: an image ends one."""
+    max_tokens: int = 0
+    """Of a text or a turn, marks included."""
+    is_seen: bool = False
+    """Whether later segments see an image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How rollouts are drawn, in training and in evaluation."""
 
     group_size: int = 24
     """G, rollouts per prompt (paper: 24). At least 2: the advantage is relative to the group."""
-    plan: tuple[Literal["text", "image"], ...] = ("text", "image")
-    """Sampled segments in order; two rounds are ``[text, image, text, image]``."""
-    max_text_tokens: int = 1024
-    """Length limit of one reasoning text, stop token included (paper: not stated; UniRL: 1024)."""
+    plan: tuple[Kind, ...] = ("text", "image")
+    """Segments in order: what is sampled, and ``turn`` where the user speaks (``model.turns``). Two rounds
+    are ``[text, image, text, image]``."""
+    rounds: int | None = None
+    """Images of a trajectory, at most: the plan is cut behind as many, or its last round (what stands behind
+    its last image but one) is repeated. ``None`` = as the plan says."""
+    stop_phrase: str | None = None
+    """A text that says this, once there is an image, is the last segment of its trajectory: the policy is
+    content with its drawing. ``None`` = all rounds are drawn."""
+    look: bool = True
+    """Whether later segments see the images that were drawn before."""
+    max_text_tokens: int | tuple[int, ...] = 1024
+    """Length limit of one reasoning text, stop token included (paper: not stated; UniRL: 1024); or one for
+    each round, the last of them for all that follow."""
+    max_turn_tokens: int = 256
+    """Length limit of what the user says in a turn, marks included; longer ones are refused."""
     temperature: float = 1.0
     """Softmax temperature of training rollouts (paper: 1; no top-k or top-p)."""
     num_timesteps: int = 25
@@ -100,15 +128,17 @@ class Sampling:
             f"sampling.group_size is {self.group_size}; it must be at least 2: a group of one has no "
             "relative advantage, so nothing would be learned.",
         )
-        _require(
-            len(self.plan) > 0 and set(self.plan) <= {"text", "image"},
-            f"sampling.plan is {self.plan}; give one or more of 'text' and 'image'.",
-        )
-        for name in ("max_text_tokens", "window_size"):
+        self._check_plan()
+        for name in ("max_turn_tokens", "window_size"):
             _require(
                 getattr(self, name) >= 1,
                 f"sampling.{name} is {getattr(self, name)}; it must be 1 or more.",
             )
+        _require(
+            len(self._text_limits) > 0 and min(self._text_limits) >= 1,
+            f"sampling.max_text_tokens is {self.max_text_tokens}; it must be 1 or more, or a list of such "
+            "numbers, one for each round.",
+        )
         for name in ("temperature", "shift", "eta"):
             _require(
                 getattr(self, name) > 0,
@@ -144,6 +174,80 @@ class Sampling:
             f"sampling.rows_per_chunk is {self.rows_per_chunk}; give 1 or more, or leave it out.",
         )
         _require_memory("sampling.cache_gib", self.cache_gib)
+
+    def _check_plan(self) -> None:
+        _require(
+            bool({"text", "image"} & set(self.plan))
+            and set(self.plan) <= {"text", "image", "turn"},
+            f"sampling.plan is {self.plan}; give one or more of 'text' and 'image', with 'turn' where the "
+            "user speaks in between.",
+        )
+        _require(
+            "turn" not in (self.plan[0], self.plan[-1]),
+            f"sampling.plan is {self.plan}; a 'turn' stands between what is sampled: the prompt is the first "
+            "turn, and behind the last one something must be drawn.",
+        )
+        _require(
+            self.rounds is None or (self.rounds >= 1 and self.plan[-1] == "image"),
+            f"sampling.rounds is {self.rounds} with sampling.plan {self.plan}; give 1 or more, and a plan "
+            "that ends with an image, or leave sampling.rounds out.",
+        )
+        _require(
+            self.stop_phrase is None or bool(self.stop_phrase.strip()),
+            "sampling.stop_phrase is empty, which every text says; give some words, or leave it out.",
+        )
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The plan with as many rounds as ``rounds`` says.
+
+        Example:
+            >>> Sampling(plan=("text", "image", "turn", "text", "image"), rounds=3).kinds[5:]
+            ('turn', 'text', 'image')
+        """
+        if self.rounds is None:
+            return self.plan
+        ends = [n for n, kind in enumerate(self.plan, 1) if kind == "image"]
+        if self.rounds <= len(ends):
+            return self.plan[: ends[self.rounds - 1]]
+        last = self.plan[ends[-2] if len(ends) > 1 else 0 :]
+        return self.plan + last * (self.rounds - len(ends))
+
+    @property
+    def num_images(self) -> int:
+        """Images of a trajectory, at most."""
+        return self.kinds.count("image")
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The segments of a trajectory that ends as late as it may.
+
+        Example:
+            >>> [step.max_tokens for step in Sampling(rounds=3, max_text_tokens=(9, 5)).steps]
+            [9, 0, 5, 0, 5, 0]
+        """
+        found: list[Step] = []
+        kinds, limits, number = self.kinds, self._text_limits, 0
+        for place, kind in enumerate(kinds):
+            most = 0
+            if kind == "text":
+                most = limits[min(number, len(limits) - 1)]
+            elif kind == "turn":
+                most = self.max_turn_tokens
+            is_seen = kind == "image" and self.look and place + 1 < len(kinds)
+            found.append(Step(kind, number, most, is_seen))
+            number += kind == "image"
+        return tuple(found)
+
+    @property
+    def longest_text(self) -> int:
+        """The largest length limit of a text, 0 without texts."""
+        return max((step.max_tokens for step in self.steps if step.kind == "text"), default=0)
+
+    @property
+    def _text_limits(self) -> tuple[int, ...]:
+        limit = self.max_text_tokens
+        return (limit,) if isinstance(limit, int) else tuple(limit)
 
     def _check_window(self) -> None:
         low, high = self.window_range
@@ -191,7 +295,7 @@ class Objective:
     text_aggregation: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
     """Mean over a chain, then over chains (paper, Eq. 2); over all tokens (DAPO); by a constant (Dr.GRPO)."""
     text_constant_length: int | None = None
-    """Divisor of ``constant``; ``None`` = ``sampling.max_text_tokens``."""
+    """Divisor of ``constant``; ``None`` = the largest of ``sampling.max_text_tokens``."""
     flow_weight: float = 1.0
     """λ (paper: 1); 0 trains text only."""
     flow_clip_low: float = 1e-6
@@ -234,6 +338,9 @@ class Objective:
     """Weight of each round's reward, in order; ``None`` = 1 each."""
     round_credit: Literal["trajectory", "round"] = "trajectory"
     """Compare whole trajectories (paper), or round by round what came in that round and after it."""
+    round_loss_weights: tuple[float, ...] | None = None
+    """Weight of the surrogates of each round's text and image, in order, the last of them for all that
+    follow; ``None`` = 1 each."""
     combine_rewards: Literal["sum", "gdpo"] = "sum"
     """Weighted sum, then group normalisation; or each reward normalised first (GDPO)."""
     truncation_reward: float | None = 0.0
@@ -274,11 +381,22 @@ class Objective:
             f"objective.round_weights is {self.round_weights} with objective.round_rewards 'last', which has "
             "one reward: leave the weights out, or choose 'each' or 'improvement'.",
         )
+        _require(
+            self.round_loss_weights is None
+            or (min(self.round_loss_weights, default=-1) >= 0 and max(self.round_loss_weights) > 0),
+            f"objective.round_loss_weights is {self.round_loss_weights}; give weights of 0 or more, one of "
+            "them above 0, or leave it out.",
+        )
         _off_paper(
             self.mse_weight > 0 and self.latent_kl_weight > 0,
             "objective.mse_weight and objective.latent_kl_weight are both on; the paper replaces the "
             "latent KL by the velocity MSE.",
         )
+
+    def loss_weight(self, number: int) -> float:
+        """Return the weight of the surrogates of a round, counted from 0."""
+        weights = self.round_loss_weights or (1.0,)
+        return weights[min(number, len(weights) - 1)]
 
     @property
     def needs_ref_velocity(self) -> bool:

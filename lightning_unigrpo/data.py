@@ -382,9 +382,10 @@ class PromptDataModule(LightningDataModule):
         if self.trainer is None or split in self._fitting:
             return
         module: Any = self.trainer.lightning_module
-        adapter: Any = getattr(module, "adapter", None)  # another module may use these prompts
-        for prompt in self._prompts[split] if adapter is not None else ():
-            adapter.require_room(prompt, module.sampling)
+        # Another module may use these prompts.
+        require_room: Any = getattr(module, "require_room", None)
+        for prompt in self._prompts[split] if require_room is not None else ():
+            require_room(prompt)
         self._fitting.add(split)
 
     @override

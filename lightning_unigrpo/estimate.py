@@ -232,9 +232,9 @@ def estimate(module: UniGRPOModule, setup: Setup) -> Estimate:
         module.objective.old_log_prob == "auto" and setup.compute != torch.float32
     )
     forwards = {
-        "decode_steps": chunks * sampling.plan.count("text") * sampling.max_text_tokens,
-        "denoise_steps": chunks * sampling.plan.count("image") * calls,
-        "context_steps": chunks * len(sampling.plan),
+        "decode_steps": chunks * sum(s.max_tokens for s in sampling.steps if s.kind == "text"),
+        "denoise_steps": chunks * sampling.num_images * calls,
+        "context_steps": chunks * len(sampling.kinds),
         "reference_forwards": passes
         if module.objective.needs_reference(module.adapter.image_policy)
         else 0,
@@ -295,7 +295,7 @@ class Network:
         lr = {"text": optim.text_lr, "flow": optim.flow_lr}
         units = [list(unit.parameters()) for unit in adapter.shard_units()]
         inside = {p for unit in units for p in unit}
-        idle = set(adapter.unreached(module.sampling.plan))
+        idle = set(adapter.unreached(module.sampling.kinds))
         groups = adapter.param_groups()
         return cls(
             setup=setup,

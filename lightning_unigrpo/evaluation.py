@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ OTHERS = ("stopped", "text_length", "image/diversity", "image/saturation")
 """Figures beside the rewards."""
 
 
-def plan_of(sampling: Sampling, evaluation: Evaluation) -> tuple[Literal["text", "image"], ...]:
-    """Return what an evaluation draws: the plan, or its last image alone."""
-    if evaluation.thinking or "image" not in sampling.plan:
-        return sampling.plan
-    return ("image",)
+def drawn_by(sampling: Sampling, evaluation: Evaluation) -> Sampling:
+    """Return the settings with what an evaluation draws: the plan, or its last image alone."""
+    if evaluation.thinking or not sampling.num_images:
+        return sampling
+    return replace(sampling, plan=("image",), rounds=None)
 
 
 class Figures(nn.ModuleDict):

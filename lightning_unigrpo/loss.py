@@ -39,27 +39,40 @@ from lightning_unigrpo.types import (
 
 
 class Counts(NamedTuple):
-    """What the means of an update divide by; summed over its micro-batches and over ranks."""
+    """What the means of an update divide by; summed over its micro-batches and over ranks.
+
+    Losses are divided by what was planned. A trajectory that ends early has fewer segments, by its own
+    choice: divided by as many as there are, the rest would weigh more whenever others ended early, and the
+    gradient would not be that of the expected reward.
+    """
 
     sequences: float
-    """Sampled texts."""
+    """Texts that may be sampled."""
     tokens: float
     """Sampled text tokens."""
     images: float
-    """Sampled images."""
+    """Images that may be drawn."""
+    drawn: float
+    """Drawn images."""
     image_tokens: float
     """Codes of discrete images that are scored."""
 
 
-def count(trajectories: Sequence[Trajectory]) -> Counts:
-    """Count the sampled segments, masked groups included: they keep their place with advantage 0."""
+def count(trajectories: Sequence[Trajectory], sampling: Sampling) -> Counts:
+    """Count the sampled segments, masked groups included: they keep their place with advantage 0.
+
+    Args:
+        trajectories: of this rank.
+        sampling: with the plan that they were drawn by.
+    """
     segments = [segment for _, segment in sampled(trajectories)]
     texts = [s for s in segments if isinstance(s, TextSegment)]
     codes = [s for s in segments if isinstance(s, TokenImageSegment)]
     return Counts(
-        sequences=len(texts),
+        sequences=len(trajectories) * sampling.kinds.count("text"),
         tokens=sum(len(s.tokens) for s in texts),
-        images=len(segments) - len(texts),
+        images=len(trajectories) * sampling.num_images,
+        drawn=len(segments) - len(texts),
         image_tokens=sum(len(_known(s.log_prob)) for s in codes),
     )
 
@@ -256,7 +269,7 @@ def _text_terms(
         aggregation=objective.text_aggregation,
         num_sequences=counts.sequences,
         num_tokens=counts.tokens,
-        constant_length=objective.text_constant_length or sampling.max_text_tokens,
+        constant_length=objective.text_constant_length or sampling.longest_text,
     )
     share = 1.0 / counts.tokens
     metrics.sums |= {
@@ -289,19 +302,20 @@ def _flow_terms(
         steps = Transitions.stack(images)
         mean, std = steps.moments(velocity, sampling)
         share = 1.0 / (velocity.shape[1] * counts.images)  # mean over steps, then over images
+        seen = 1.0 / (velocity.shape[1] * counts.drawn)
         flow = flow + share * _surrogate(
-            steps, mean, std, images, objective, sampling, share, metrics
+            steps, mean, std, images, objective, sampling, seen, metrics
         )
         if objective.needs_ref_velocity:
             reference = torch.stack([_known(image.ref_velocity) for image in images])
             error = velocity_mse(velocity, reference, reduction=objective.mse_reduction)
             mse = mse + share * error.sum()
-            _add(metrics, "flow/velocity_mse", share * error.detach().sum())
+            _add(metrics, "flow/velocity_mse", seen * error.detach().sum())
             if objective.latent_kl_weight > 0:
                 ref_mean, _ = steps.moments(reference, sampling)
                 divergence = latent_kl(mean, ref_mean, std)
                 kl = kl + share * divergence.sum()
-                _add(metrics, "flow/latent_kl", share * divergence.detach().sum())
+                _add(metrics, "flow/latent_kl", seen * divergence.detach().sum())
     return flow, mse, kl
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,12 +50,13 @@ from lightning_unigrpo.checkpoint import (
 )
 from lightning_unigrpo.config import Evaluation, Guard, Objective, Optim, Sampling
 from lightning_unigrpo.data import PromptDataModule
-from lightning_unigrpo.evaluation import Figures, plan_of
+from lightning_unigrpo.dialogue import Turns
+from lightning_unigrpo.evaluation import Figures, drawn_by
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
 from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
 from lightning_unigrpo.reward import RewardRunner, reward_names, wrap
 from lightning_unigrpo.rewards import CLIPScore
-from lightning_unigrpo.rollout import Start, rollout
+from lightning_unigrpo.rollout import Start, rollout, said
 from lightning_unigrpo.timing import PhaseClock, peak_memory
 from lightning_unigrpo.types import (
     Defaults,
@@ -64,8 +65,8 @@ from lightning_unigrpo.types import (
     TextSegment,
     TokenImageSegment,
     Trajectory,
+    after_each_round,
     sampled,
-    until_each_image,
 )
 
 
@@ -89,6 +90,8 @@ class UniGRPOModule(LightningModule):
         guard: bounds of the on-policy check.
         evaluation: what validation and test draw.
         eval_rewards: what they score with; ``None`` = with the rewards of training.
+        turns: what the user says where ``sampling.plan`` has a ``turn``: a text, a list of texts, or a
+            callable (:mod:`lightning_unigrpo.dialogue`).
     """
 
     automatic_optimization: bool
@@ -104,6 +107,7 @@ class UniGRPOModule(LightningModule):
         guard: Guard | None = None,
         evaluation: Evaluation | None = None,
         eval_rewards: list[Callable[..., Any]] | None = None,
+        turns: str | list[str] | Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -131,10 +135,12 @@ class UniGRPOModule(LightningModule):
         self.budget = MemoryBudget(adapter, self.sampling, self.optim)
         self._micro_batch_size = self.optim.micro_batch_size
         self.evaluation = evaluation or Evaluation()
-        rounds = self.evaluation_plan.count("image")
+        rounds = self.eval_sampling.num_images
         self.figures = Figures(reward_names(self._eval_rewards), self.evaluation, rounds)
+        self.turns = None if turns is None else Turns(turns)
         self._refuse_dropout()
         self._refuse_round_weights()
+        self._refuse_silence()
 
     def _choose_rewards(
         self, rewards: Sequence[Callable[..., Any]] | None, defaults: Defaults | None
@@ -158,12 +164,34 @@ class UniGRPOModule(LightningModule):
             )
 
     def _refuse_round_weights(self) -> None:
-        weights, rounds = self.objective.round_weights, self.sampling.plan.count("image")
+        weights, rounds = self.objective.round_weights, self.sampling.num_images
         if weights is not None and len(weights) != rounds:
             raise ValueError(
                 f"objective.round_weights is {weights}, and sampling.plan draws {rounds} images: give a "
                 "weight for each."
             )
+
+    def _refuse_silence(self) -> None:
+        if "turn" not in self.sampling.kinds:
+            return
+        if self.turns is None:
+            raise ValueError(
+                f"sampling.plan is {self.sampling.plan}, but nobody says its turns: give model.turns (a "
+                "text, a list of texts, or a callable), or leave 'turn' out of the plan."
+            )
+        if type(self.adapter).turn is Adapter.turn:
+            self.adapter.turn("", TextSegment(tokens=torch.zeros(0)))  # says what is missing
+
+    def require_room(self, prompt: Prompt) -> None:
+        """Raise when rollouts of a prompt may not fit, before anything is drawn.
+
+        Raises:
+            ValueError: saying how long what may be, and which setting to change.
+        """
+        self.adapter.require_room(prompt, self.sampling)
+        if self.turns is not None and "turn" in self.sampling.kinds:
+            for words in self.turns.known(prompt):
+                said(self.adapter, words, TextSegment(tokens=torch.zeros(0)), self.sampling)
 
     def _refuse_averaging(self) -> None:
         """Lightning's callback calls :meth:`configure_model` where no strategy shards, so none would."""
@@ -218,7 +246,7 @@ class UniGRPOModule(LightningModule):
     def _freeze(self) -> None:
         groups = self.adapter.param_groups()
         idle = [p for name, group in groups.items() if not self._learning_rate(name) for p in group]
-        for parameter in (*idle, *self.adapter.unreached(self.sampling.plan)):
+        for parameter in (*idle, *self.adapter.unreached(self.sampling.kinds)):
             parameter.requires_grad_(False)
 
     def _learning_rate(self, group: str) -> float:
@@ -303,19 +331,22 @@ class UniGRPOModule(LightningModule):
     ) -> Experience:
         trajectories: list[Trajectory] = []
         error: Exception | None = None
-        rewards, sampling = self._rewards, replace(self.sampling, rows_per_chunk=rows)
-        if evaluate:
-            rewards = self._eval_rewards
-            sampling = replace(sampling, plan=self.evaluation_plan)
+        rewards = self._eval_rewards if evaluate else self._rewards
+        sampling = self.eval_sampling if evaluate else self.sampling
+        sampling = replace(sampling, rows_per_chunk=rows)
         every_image = self._scores_every_image(evaluate=evaluate)
+        rounds = max(1, sampling.num_images) if every_image else 1
+        lengths: list[int] = []
         runner = RewardRunner(rewards, self.device)
         try:
             runner.prepare()
+            if self.turns is not None:
+                self.turns.prepare(self.device)
         except Exception as raised:  # a model or a service that only this rank misses
             error = raised
         distributed.agree(error)  # the rollout may call the others
         try:
-            with runner:
+            with runner, closing(self.turns) if self.turns is not None else nullcontext():
                 with self._rollout_weights():
                     for chunk in rollout(
                         self.adapter,
@@ -324,18 +355,26 @@ class UniGRPOModule(LightningModule):
                         # The same draws in every evaluation: curves then show the policy alone.
                         iteration=0 if evaluate else self.iteration,
                         evaluate=evaluate,
-                        every_image=every_image,
+                        every_image=rounds > 1,
+                        speaker=self.turns,
                         progress=self.progress,
                     ):
                         trajectories += chunk
                         self.progress("reward", len(trajectories), len(starts))
-                        runner.submit([part for t in chunk for part in until_each_image(t)])
+                        parts = [after_each_round(t, rounds) for t in chunk]
+                        lengths += map(len, parts)
+                        runner.submit([part for each in parts for part in each])
                 matrix, details = runner.finish(check=False)  # grouping asks over all ranks
         except Exception as raised:  # whatever a backbone or a required reward raises
             error = raised
         distributed.agree(error)
-        rounds = sampling.plan.count("image") if every_image else 1
-        by_round = matrix.reshape(len(trajectories), rounds, len(runner.names))
+        # One that ended early stands as it is in the rounds that it did without.
+        ends = np.cumsum(lengths)
+        which = [
+            [min(k, n - 1) + end - n for k in range(rounds)]
+            for n, end in zip(lengths, ends, strict=True)
+        ]
+        by_round = matrix[torch.tensor(which, dtype=torch.long).reshape(-1, rounds)]
         matrix = by_round[:, -1]
         for trajectory, row in zip(trajectories, matrix.tolist(), strict=True):
             trajectory.rewards = dict(zip(runner.names, row, strict=True))
@@ -343,7 +382,7 @@ class UniGRPOModule(LightningModule):
             trajectories=trajectories,
             iteration=self.iteration,
             rewards=matrix.to(self.device),
-            round_rewards=by_round.to(self.device) if every_image else None,
+            round_rewards=by_round.to(self.device) if rounds > 1 else None,
             reward_names=tuple(runner.names),
             reward_weights=runner.weights.to(self.device),
             details=details,
@@ -351,8 +390,8 @@ class UniGRPOModule(LightningModule):
 
     def _scores_every_image(self, *, evaluate: bool) -> bool:
         if evaluate:
-            return self.evaluation.every_round and self.evaluation_plan.count("image") > 1
-        return self.objective.round_rewards != "last" and self.sampling.plan.count("image") > 1
+            return self.evaluation.every_round
+        return self.objective.round_rewards != "last"
 
     @contextmanager
     def _rollout_weights(self) -> Iterator[None]:
@@ -448,7 +487,7 @@ class UniGRPOModule(LightningModule):
     def update(self, minibatch: list[Trajectory], experience: Experience) -> None:
         """Make one optimizer step on a part of the experience."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
-        counts = self._global(count(minibatch))
+        counts = self._global(count(minibatch, self.sampling))
         steps = slice(None) if self._needs_images() else slice(0, 0)
         metrics, mismatches = Metrics.empty(), []
         optimizer.zero_grad(set_to_none=True)
@@ -516,9 +555,9 @@ class UniGRPOModule(LightningModule):
     # ---- evaluation
 
     @property
-    def evaluation_plan(self) -> tuple[Literal["text", "image"], ...]:
-        """What validation and test draw."""
-        return plan_of(self.sampling, self.evaluation)
+    def eval_sampling(self) -> Sampling:
+        """What validation and test draw, and how."""
+        return drawn_by(self.sampling, self.evaluation)
 
     def _rows_of(self, stage: str) -> int | None:
         loaders = getattr(self.trainer, f"{stage}_dataloaders")
@@ -553,12 +592,23 @@ class UniGRPOModule(LightningModule):
     @override
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[Trajectory]:
         """Return the trajectories of some prompts, unscored: a user's prompt has no label."""
-        sampling = replace(
-            self.sampling, plan=self.evaluation_plan, rows_per_chunk=self._rows_of("predict")
-        )
+        sampling = replace(self.eval_sampling, rows_per_chunk=self._rows_of("predict"))
         starts = self._evaluation_starts(batch)
-        with self._rollout_weights():
-            chunks = rollout(self.adapter, starts, sampling, evaluate=True, progress=self.progress)
+        if self.turns is not None:
+            self.turns.prepare(self.device)
+        with (
+            closing(self.turns) if self.turns is not None else nullcontext(),
+            self._rollout_weights(),
+        ):
+            chunks = rollout(
+                self.adapter,
+                starts,
+                sampling,
+                evaluate=True,
+                every_image=True,
+                speaker=self.turns,
+                progress=self.progress,
+            )
             return [trajectory for chunk in chunks for trajectory in chunk]
 
     def _evaluation_starts(self, prompts: Sequence[Prompt]) -> list[Start]:

@@ -103,25 +103,44 @@ class Reward:
         Raises:
             MissingColumnError: when it asks for one that is not there.
         """
-        called = self.fn.forward if isinstance(self.fn, nn.Module) else self.fn
-        parameters = inspect.signature(called).parameters.values()
-        named = [p for p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
-        missing = [p.name for p in named if p.default is p.empty and p.name not in columns]
-        if missing:
-            raise MissingColumnError(
-                f"Reward '{self.name}' asks for {missing}, but the prompts offer {sorted(columns)}: "
-                "rename its parameter, or add the column to the prompt file (data.train)."
-            )
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return dict(columns)
-        return {p.name: columns[p.name] for p in named if p.name in columns}
+        return select_columns(self.fn, columns, f"Reward '{self.name}'")
 
-    @torch.no_grad()
     def __call__(self, **columns: Any) -> Any:
         """Call the reward with what its signature names; coroutines are run to their end."""
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            result = self.fn(**self.select(columns))
-            return asyncio.run(_finish(result)) if inspect.isawaitable(result) else result
+        return call_plainly(self.fn, self.select(columns))
+
+
+def select_columns(fn: Callable[..., Any], columns: Mapping[str, Any], who: str) -> dict[str, Any]:
+    """Return the columns that a callable's signature names.
+
+    Args:
+        fn: a reward, or what speaks for the user.
+        columns: by name.
+        who: is told of in an error.
+
+    Raises:
+        MissingColumnError: when it asks for one that is not there.
+    """
+    called = fn.forward if isinstance(fn, nn.Module) else fn
+    parameters = inspect.signature(called).parameters.values()
+    named = [p for p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in columns]
+    if missing:
+        raise MissingColumnError(
+            f"{who} asks for {missing}, but the prompts offer {sorted(columns)}: "
+            "rename its parameter, or add the column to the prompt file (data.train)."
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(columns)
+    return {p.name: columns[p.name] for p in named if p.name in columns}
+
+
+@torch.no_grad()
+def call_plainly(fn: Callable[..., Any], columns: Mapping[str, Any]) -> Any:
+    """Call something of the user's without gradients and autocast; coroutines are run to their end."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        result = fn(**columns)
+        return asyncio.run(_finish(result)) if inspect.isawaitable(result) else result
 
 
 class MissingColumnError(ValueError):

@@ -1,4 +1,4 @@
-"""Draw trajectories: tokens, then an image, then whatever the plan says next.
+"""Draw trajectories: tokens, then an image, then whatever the plan says next, until it is done.
 
 Everything random is drawn before it is needed, on the CPU, from a key (seed, iteration, prompt,
 member, place in the plan, phase). So the placement of a group on ranks, the composition of a batch,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
-from lightning_unigrpo.config import Sampling, num_steps
+from lightning_unigrpo.config import Sampling, Step, num_steps
 from lightning_unigrpo.flow import draw_window, ode_step, sde_step, sigma_schedule
 from lightning_unigrpo.masked import Confident, Independent, Unmasking
 from lightning_unigrpo.types import (
@@ -33,6 +34,9 @@ from lightning_unigrpo.types import (
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)`` while a rollout runs."""
+Speaker: TypeAlias = Callable[[Sequence[Trajectory], int], Sequence[str | None]]
+"""Called as ``speaker(trajectories, number)`` with trajectories as they stand, and the number of the turn
+from 0; returns what the user says to each, or None where there is nothing left to say."""
 
 _TOKENS, _LATENT, _WINDOW = range(3)
 
@@ -399,11 +403,13 @@ def rollout(
     iteration: int = 0,
     evaluate: bool = False,
     every_image: bool = False,
+    speaker: Speaker | None = None,
     progress: Progress | None = None,
 ) -> Iterator[list[Trajectory]]:
     """Yield finished trajectories, chunk by chunk, in the order of ``starts``.
 
-    A prompt that several consecutive starts share is read once and its cache expanded.
+    A prompt that several consecutive starts share is read once and its cache expanded. A trajectory ends with
+    the plan, with a text that says ``sampling.stop_phrase``, or where the user has nothing left to say.
 
     Args:
         adapter: the policy, in eval mode.
@@ -413,17 +419,20 @@ def rollout(
         evaluate: greedy text (or ``sampling.eval_temperature``), ODE with
             ``sampling.eval_num_timesteps``, guidance if asked for, and no window.
         every_image: decode every image that is drawn (``Trajectory.rounds``), or only the last.
+        speaker: says the turns of the plan.
         progress: told what is being drawn and how far it is.
 
     Yields:
         Lists of at most ``sampling.rows_per_chunk`` trajectories with decoded images and texts.
+
+    Raises:
+        ValueError: when a turn is longer than ``sampling.max_turn_tokens``, or nobody says it.
     """
     size = sampling.rows_per_chunk or max(1, len(starts))
     for first in range(0, len(starts), size):
         chunk = starts[first : first + size]
-        drawn = _Chunk(adapter, chunk, sampling, iteration, evaluate, progress).run()
-        if "image" in sampling.plan:
-            decode_images(adapter, drawn, sampling.plan.count("image") if every_image else 1)
+        drawn = _Chunk(adapter, chunk, sampling, iteration, evaluate, speaker, progress).run()
+        decode_images(adapter, drawn, every=every_image and sampling.num_images > 1)
         yield drawn
 
 
@@ -437,49 +446,100 @@ class _Chunk:
         sampling: Sampling,
         iteration: int,
         evaluate: bool,
+        speaker: Speaker | None,
         progress: Progress | None,
     ) -> None:
         self.adapter, self.starts, self.sampling = adapter, starts, sampling
-        self.iteration, self.evaluate, self.progress = iteration, evaluate, progress
+        self.iteration, self.evaluate = iteration, evaluate
+        self.speaker, self.progress = speaker, progress
         self.seed = sampling.seed or 0
         self.draws = Draws(self.seed, iteration)
+        self.steps = sampling.steps
 
     def run(self) -> list[Trajectory]:
         runs = [(p, len(list(run))) for p, run in groupby(s.prompt for s in self.starts)]
         given = [self.adapter.tokenize(prompt) for prompt, _ in runs]
         counts = [count for _, count in runs]
         cache = self.adapter.prefill(given).expand(counts)
-        self.rows: list[list[Segment]] = [
-            list(segments)
-            for segments, count in zip(given, counts, strict=True)
-            for _ in range(count)
+        beginnings = [segments for segments, n in zip(given, counts, strict=True) for _ in range(n)]
+        done = [
+            Trajectory(
+                prompt=s.prompt,
+                segments=[*segments],
+                num_given=len(segments),
+                group=s.group,
+                member=s.member,
+            )
+            for s, segments in zip(self.starts, beginnings, strict=True)
         ]
+        self.rows = [*done]
         self.device = next(self.adapter.net.parameters()).device
-        for place, kind in enumerate(self.sampling.plan):
-            is_last = place == len(self.sampling.plan) - 1
-            new = self._text(cache, place) if kind == "text" else self._image(cache, place, is_last)
+        for place, step in enumerate(self.steps):
+            new = self._draw(cache, place, step)
             for row, segment in zip(self.rows, new, strict=True):
-                row.append(segment)
-            if not is_last:
-                self.adapter.extend(cache, new)
-        return self._finish()
+                row.segments += [segment] if segment is not None else []
+                row.completion = "\n".join(text.words for text in row.texts)
+            going = [n for n, segment in enumerate(new) if self._goes_on(segment, step)]
+            if not going or place + 1 == len(self.steps):
+                break
+            if len(going) < len(new):
+                cache = cache.select(torch.tensor(going, device=self.device))
+                self.starts = [self.starts[n] for n in going]
+                self.rows = [self.rows[n] for n in going]
+            self.adapter.extend(cache, [cast(Segment, new[n]) for n in going])
+        return done
 
-    def _text(self, cache: Cache, place: int) -> Sequence[Segment]:
+    def _draw(self, cache: Cache, place: int, step: Step) -> Sequence[Segment | None]:
+        """Return the next segment of each row, None where there is none."""
+        kinds = [each.kind for each in self.steps]
+        if step.kind == "turn":
+            return self._turn(kinds[:place].count("turn"))
+        if step.kind == "text":
+            return self._text(cache, place, step)
+        return self._image(
+            cache, place, step, turn_follows=kinds[place + 1 : place + 2] == ["turn"]
+        )
+
+    def _goes_on(self, segment: Segment | None, step: Step) -> bool:
+        """Whether anything follows: the policy may end a dialogue that has an image, the user any."""
+        phrase = self.sampling.stop_phrase
+        if phrase is None or step.kind != "text" or step.round == 0:
+            return segment is not None
+        return isinstance(segment, TextSegment) and phrase not in segment.words
+
+    def _turn(self, number: int) -> list[Segment | None]:
+        if self.speaker is None:
+            raise ValueError(
+                "sampling.plan has a 'turn', but nobody says it: give model.turns, or leave it out."
+            )
+        if getattr(self.speaker, "needs_images", True):
+            decode_images(self.adapter, self.rows, every=False)
+        return [
+            None if words is None else said(self.adapter, words, row.segments[-1], self.sampling)
+            for words, row in zip(self.speaker(self.rows, number), self.rows, strict=True)
+        ]
+
+    def _text(self, cache: Cache, place: int, step: Step) -> Sequence[TextSegment]:
         s = self.sampling
         temperature = s.eval_temperature if self.evaluate else s.temperature
         greedy = temperature == 0
-        return sample_text(
+        texts = sample_text(
             self.adapter,
             cache,
-            None if greedy else self.draws.uniforms(self.starts, place, s.max_text_tokens),
-            max_tokens=s.max_text_tokens,
+            None if greedy else self.draws.uniforms(self.starts, place, step.max_tokens),
+            max_tokens=step.max_tokens,
             temperature=1.0 if greedy else temperature,
             top_k=s.eval_top_k if self.evaluate else None,
             top_p=s.eval_top_p if self.evaluate else 1.0,
             progress=self.progress,
         )
+        for text in texts:
+            text.words = self.adapter.detokenize(text.tokens)
+        return texts
 
-    def _image(self, cache: Cache, place: int, is_last: bool) -> Sequence[Segment]:
+    def _image(
+        self, cache: Cache, place: int, step: Step, *, turn_follows: bool
+    ) -> Sequence[Segment]:
         """Draw the images grid by grid: the rows of one network call share it."""
         grids = [self.adapter.image_grid(start.prompt) for start in self.starts]
         images: list[Segment | None] = [None] * len(grids)
@@ -489,8 +549,10 @@ class _Chunk:
             rows = cache if whole else cache.select(torch.tensor(members))
             drawn = self._one_grid(rows, members, place, grid)
             for b, image in zip(members, drawn, strict=True):
-                image.is_context = not is_last
-                images[b] = image if is_last else self.adapter.look(image)
+                image.is_context = step.is_seen
+                images[b] = (
+                    self.adapter.look(image, turn_follows=turn_follows) if step.is_seen else image
+                )
         return cast(list[Segment], images)
 
     def _one_grid(
@@ -498,7 +560,9 @@ class _Chunk:
     ) -> Sequence[ImageSegment | TokenImageSegment]:
         s, starts, num = self.sampling, [self.starts[b] for b in members], grid[0] * grid[1]
         guided = self.evaluate and s.guidance_scale != 1
-        unconditional = self.adapter.guidance([self.rows[b] for b in members]) if guided else None
+        unconditional = (
+            self.adapter.guidance([self.rows[b].segments for b in members]) if guided else None
+        )
         if self.adapter.image_policy == "masked":
             return self._masked(cache, starts, place, grid, unconditional)
         if self.adapter.image_policy == "tokens":
@@ -578,44 +642,54 @@ class _Chunk:
             seed=self.seed,
             step=self.iteration,
             group=start.group,
-            image=s.plan[:place].count("image"),
+            image=self.steps[place].round,
         )
 
-    def _finish(self) -> list[Trajectory]:
-        done = [
-            Trajectory(prompt=s.prompt, segments=row, group=s.group, member=s.member)
-            for s, row in zip(self.starts, self.rows, strict=True)
-        ]
-        for trajectory in done:
-            trajectory.completion = _words(self.adapter, trajectory.segments)
-        return done
+
+def said(adapter: Adapter, words: str, behind: Segment, sampling: Sampling) -> TextSegment:
+    """Return a turn of the user behind a segment.
+
+    Raises:
+        ValueError: when it is too long.
+    """
+    turn, limit = adapter.turn(words, behind), sampling.max_turn_tokens
+    if len(turn.tokens) > limit:
+        raise ValueError(
+            f"The turn {words[:80]!r} takes {len(turn.tokens)} tokens, more than sampling.max_turn_tokens "
+            f"{limit}: raise it, or say less (model.turns)."
+        )
+    turn.words = words
+    return turn
 
 
-def _words(adapter: Adapter, segments: Sequence[Segment]) -> str:
-    texts = [s for s in segments if isinstance(s, TextSegment) and s.is_sampled]
-    return "\n".join(adapter.detokenize(text.tokens) for text in texts)
-
-
-def decode_images(adapter: Adapter, trajectories: Sequence[Trajectory], count: int) -> None:
-    """Turn the last images of trajectories into pixels.
+def decode_images(adapter: Adapter, trajectories: Sequence[Trajectory], *, every: bool) -> None:
+    """Turn images of trajectories into pixels.
 
     Args:
         adapter: decodes them.
-        trajectories: get their ``image``, and with more than one their ``rounds``.
-        count: how many of each, at least 1.
+        trajectories: get their last ``image``, where they have one.
+        every: whether every image, as their ``rounds``.
     """
     places = [
-        [i for i, s in enumerate(t.segments) if not isinstance(s, TextSegment)][-count:]
+        [
+            place
+            for place, segment in enumerate(t.segments)
+            if place >= t.num_given and not isinstance(segment, TextSegment)
+        ]
         for t in trajectories
     ]
-    for number in range(count):
-        ends = [each[number] for each in places]
-        pixels = _pixels(adapter, [t.segments[i] for t, i in zip(trajectories, ends, strict=True)])
-        for trajectory, image, end in zip(trajectories, pixels, ends, strict=True):
-            trajectory.image = image
-            if count > 1:
-                words = _words(adapter, trajectory.segments[:end])
-                trajectory.rounds.append(Round(image, words, end + 1))
+    wanted = [
+        (t, place)
+        for t, each in zip(trajectories, places, strict=True)
+        for place in (each if every else each[-1:])
+    ]
+    pixels = _pixels(adapter, [t.segments[place] for t, place in wanted])
+    for (trajectory, place), image in zip(wanted, pixels, strict=True):
+        trajectory.image = image
+        if every:
+            texts = replace(trajectory, segments=trajectory.segments[:place]).texts
+            words = "\n".join(text.words for text in texts)
+            trajectory.rounds.append(Round(image, words, place + 1))
 
 
 def _pixels(adapter: Adapter, images: Sequence[Any]) -> list[Tensor]:

@@ -5,8 +5,8 @@ tokens, ``V`` vocabulary, ``T`` denoising steps, ``K`` SDE steps of a window, ``
 latent channels, ``H W`` pixels, ``n`` any flat count, ``[*]`` any leading dimensions.
 
 A trajectory is a list of segments. A *given* segment is part of the state (the prompt, an input
-image); a *sampled* segment holds actions of the policy and what is needed to score them again. One
-round is ``[Text(given), Text, Image]``; think, draw, reflect, redraw is
+image, what the user says in between); a *sampled* segment holds actions of the policy and what is
+needed to score them again. One round is ``[Text(given), Text, Image]``; think, draw, reflect, redraw is
 ``[Text(given), Text, Image, Text, Image]``: the same code, a longer list.
 """
 
@@ -47,6 +47,8 @@ class TextSegment:
 
     tokens: Tensor
     """``[L]`` int64. A sampled segment ends with the stop token if, and only if, ``stopped``."""
+    words: str = ""
+    """What it says, without the layout's marks: of sampled texts and of turns."""
     stopped: bool = True
     """False when the length limit cut the text off before the stop token."""
     log_prob: Tensor | None = None
@@ -183,6 +185,8 @@ class Trajectory:
     """Rollouts of one prompt share it; any integer."""
     member: int
     """0 .. G-1 inside the group, wherever its rank."""
+    num_given: int = 0
+    """How many segments the prompt is."""
     image: Tensor | None = None
     """``[3, H, W]`` float32 in [0, 1], the last image drawn, decoded."""
     completion: str = ""
@@ -199,33 +203,45 @@ class Trajectory:
     @property
     def stopped(self) -> bool:
         """Whether every sampled text ended with its stop token inside the length limit."""
-        return all(s.stopped for s in self.segments if isinstance(s, TextSegment) and s.is_sampled)
+        return all(text.stopped for text in self.texts)
+
+    @property
+    def texts(self) -> list[TextSegment]:
+        """The sampled texts."""
+        return [s for s in self.segments if isinstance(s, TextSegment) and s.is_sampled]
 
 
-def until_each_image(trajectory: Trajectory) -> list[Trajectory]:
-    """Return the trajectory as it stood after each round, itself alone where its rounds are not known."""
-    return [
+def after_each_round(trajectory: Trajectory, num_rounds: int) -> list[Trajectory]:
+    """Return the trajectory as it stood after each of its rounds; the last is the whole of it.
+
+    One that ends early stands as it is in the rounds that it does without, so the last one counts for all of
+    those. Where rounds are not known (``Trajectory.rounds``) it is alone.
+
+    Args:
+        trajectory: with n images.
+        num_rounds: K, how many it may have.
+
+    Returns:
+        K, or n + 1 of one that ended early: behind its last image it said why.
+    """
+    whole = replace(trajectory, rounds=[])
+    parts = [
         replace(
-            trajectory,
+            whole,
             segments=trajectory.segments[: each.num_segments],
             image=each.image,
             completion=each.completion,
-            rounds=[],
         )
-        for each in trajectory.rounds
-    ] or [trajectory]
+        for each in trajectory.rounds[: num_rounds - 1]
+    ]
+    return [*parts, whole]
 
 
 def sampled_by_round(trajectory: Trajectory) -> Iterator[tuple[int, Segment]]:
-    """Walk the sampled segments with the number of their round, from 0: an image ends one.
-
-    Words behind the last image count to its round.
-    """
-    segments = [segment for _, segment in sampled([trajectory])]
-    last = sum(not isinstance(segment, TextSegment) for segment in segments) - 1
+    """Walk the sampled segments with the number of their round, from 0: an image ends one."""
     number = 0
-    for segment in segments:
-        yield min(number, max(last, 0)), segment
+    for _, segment in sampled([trajectory]):
+        yield number, segment
         number += not isinstance(segment, TextSegment)
 
 

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "config"),
     ("flow", "masked", "objective", "advantage"),
     ("adapter", "reward", "distributed"),
-    ("rollout", "loss", "checkpoint", "metrics"),
+    ("rollout", "dialogue", "loss", "checkpoint", "metrics"),
     ("guard", "data", "budget", "timing", "report"),
     ("callbacks",),
     ("evaluation",),

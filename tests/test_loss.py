@@ -88,7 +88,7 @@ def loss_of(
         trajectories,
         objective=objective,
         sampling=Sampling(),
-        counts=count(trajectories),
+        counts=count(trajectories, Sampling()),
     )
     return loss, metrics.sums
 

@@ -19,9 +19,9 @@ from lightning_unigrpo.types import (
     Prompt,
     TextSegment,
     Trajectory,
+    after_each_round,
     sampled,
     sampled_by_round,
-    until_each_image,
 )
 from tests.test_module import Record, fit, objective, optim, small, trainer
 from tests.toys import ToyFlow, ToyMasked, ToyTokens
@@ -67,9 +67,9 @@ def test_every_image_is_decoded_as_it_is_alone(toy: Any, evaluate: bool) -> None
     (plain,) = rollout(adapter, STARTS, sampling, evaluate=evaluate)
     for trajectory, other in zip(drawn, plain, strict=True):
         assert other.rounds == []
-        assert until_each_image(other) == [other]
+        assert [len(part.segments) for part in after_each_round(other, 3)] == [7]
         assert torch.equal(trajectory.image, other.image)
-        parts = until_each_image(trajectory)
+        parts = after_each_round(trajectory, len(trajectory.rounds))
         assert [len(part.segments) for part in parts] == [3, 5, 7]
         assert parts[-1].completion == trajectory.completion == other.completion
         assert torch.equal(parts[-1].image, trajectory.image)
@@ -106,7 +106,7 @@ def test_each_image_has_a_window_of_its_own() -> None:
 def test_segments_belong_to_the_round_that_their_image_ends() -> None:
     (drawn,) = rollout(ToyFlow().eval(), STARTS[:1], small(plan=("text", "image") * 2 + ("text",)))
     numbers = [number for number, _ in sampled_by_round(drawn[0])]
-    assert numbers == [0, 0, 1, 1, 1]  # what follows the last image counts to it
+    assert numbers == [0, 0, 1, 1, 2]  # what follows the last image would be of the next round
     (drawn,) = rollout(ToyFlow().eval(), STARTS[:1], small(plan=("text",)))
     assert [number for number, _ in sampled_by_round(drawn[0])] == [0]
 
@@ -165,7 +165,7 @@ def test_credit_is_what_comes_in_a_round_and_after_it(
     (experience,) = record.experience
     drawn = experience.trajectories
     groups = torch.tensor([t.group for t in drawn])
-    parts = [until_each_image(t) for t in drawn]
+    parts = [after_each_round(t, 2) for t in drawn]
     assert {len(each) for each in parts} == {1 if kind == "last" else 2}
     scores = torch.tensor(
         [[ink([p.image], [p.completion]) + bright([p.image]) for p in each] for each in parts]
@@ -219,7 +219,7 @@ def test_a_truncated_round_costs_that_round_and_those_after_it(tmp_path: Path) -
     (experience,) = fit(tmp_path, module, 1).experience
     seen = set()
     for trajectory, raw in zip(experience.trajectories, experience.round_rewards, strict=True):
-        parts = until_each_image(trajectory)
+        parts = after_each_round(trajectory, len(trajectory.rounds))
         seen.add(tuple(part.stopped for part in parts))
         assert trajectory.reward == (pytest.approx(float(raw[1, 0])) if parts[1].stopped else -7)
     assert (True, False) in seen or (False, False) in seen

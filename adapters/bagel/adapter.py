@@ -251,6 +251,10 @@ class BagelAdapter(Adapter):
         images = [self.see(x, key=(prompt.id, n)) for n, x in enumerate(prompt.images)]
         return [*system, *images, self._words(prompt.text)]
 
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return what the user says: a block of words like any other."""
+        return self._words(text)
+
     def _words(self, text: str) -> TextSegment:
         ids = torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
         return TextSegment(tokens=ids.to(self.device))
@@ -287,7 +291,7 @@ class BagelAdapter(Adapter):
         return ImageSegment(latent=latent, grid=grid, is_context=True, views=views)
 
     @torch.no_grad()
-    def look(self, image: ImageSegment) -> ImageSegment:
+    def look(self, image: ImageSegment, *, turn_follows: bool = False) -> ImageSegment:
         """Show a drawn image as upstream does: decoded, and read again like an input image.
 
         By the posterior's mean, whatever ``posterior`` says: a sample would need a draw of its own.

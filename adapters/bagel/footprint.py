@@ -48,15 +48,15 @@ def footprint(
     image, context = image_tokens + MARKS, given_rows
     capacity = _rounded(given_rows, grain)
     blocks = scored = 0
-    for place, kind in enumerate(sampling.plan):
-        if kind == "text":
-            context += sampling.max_text_tokens + MARKS
-            scored += sampling.max_text_tokens
+    for step in sampling.steps:
+        if step.kind != "image":
+            context += step.max_tokens + MARKS
+            scored += step.max_tokens if step.kind == "text" else 0
             capacity = max(capacity, _rounded(context, grain))
             continue
         capacity = max(capacity, _rounded(context + image, grain))
         blocks += sampling.window_size
-        if place < len(sampling.plan) - 1:  # looked at: latents, and patches
+        if step.is_seen:  # latents, and patches
             context += image
             if patches:
                 context += patches + MARKS

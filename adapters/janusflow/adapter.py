@@ -210,7 +210,7 @@ class JanusFlowAdapter(FlowDecoderAdapter):
         views = self._views(pixels.to(self.device, torch.float32), (), (self.config.end_of_image,))
         return ImageSegment(latent=none, grid=(0, 0), is_context=True, views=views)
 
-    def look(self, image: ImageSegment) -> ImageSegment:
+    def look(self, image: ImageSegment, *, turn_follows: bool = False) -> ImageSegment:
         """Show a drawn image: decoded, read by the tower, and put into a new turn of the user.
 
         Raises:

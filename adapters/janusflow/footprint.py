@@ -54,15 +54,19 @@ def footprint(
     size = min(size, stream)  # without autocast products are in the weights' dtype
     image, context = config.num_rows(rows.grid), rows.given
     capacity, blocks, scored = context, 0, 0
-    for place, kind in enumerate(sampling.plan):
-        if kind == "text":
-            context += sampling.max_text_tokens
-            scored += sampling.max_text_tokens
+    for step in sampling.steps:
+        if step.kind == "text":
+            context += step.max_tokens
+            scored += step.max_tokens
             capacity = max(capacity, context)
+            continue
+        if step.kind == "turn":
+            context += step.max_tokens
+            capacity = _grown(capacity, context)
             continue
         capacity = max(capacity, context + image)
         blocks += sampling.window_size
-        if place < len(sampling.plan) - 1:
+        if step.is_seen:
             context += rows.looked_at
             capacity = _grown(capacity, context)
     d, ff, vocabulary = (

@@ -218,7 +218,7 @@ class JanusProAdapter(DecoderAdapter):
         views = {"features": self._features(pixels)}
         return ImageSegment(latent=none, grid=(0, 0), is_context=True, views=views)
 
-    def look(self, image: TokenImageSegment) -> TokenImageSegment:
+    def look(self, image: TokenImageSegment, *, turn_follows: bool = False) -> TokenImageSegment:
         """Show a drawn image: decoded, and read by the tower.
 
         Raises:

@@ -56,16 +56,21 @@ def footprint(
     size = min(size, stream)  # without autocast products are in the weights' dtype
     context = capacity = rows.given
     drawn = scored = again = 0
-    for place, kind in enumerate(sampling.plan):
-        if kind == "text":
-            capacity = max(capacity, context + sampling.max_text_tokens + SPARE)
+    for step in sampling.steps:
+        if step.kind == "text":
+            capacity = max(capacity, context + step.max_tokens + SPARE)
             again += context
-            context += sampling.max_text_tokens
-            scored += sampling.max_text_tokens
+            context += step.max_tokens
+            scored += step.max_tokens
+            continue
+        if step.kind == "turn":
+            again += context
+            context += step.max_tokens
+            capacity = _grown(capacity, context)
             continue
         capacity = max(capacity, context + rows.codes)
         drawn += 1
-        if place < len(sampling.plan) - 1:
+        if step.is_seen:
             again += context
             context += rows.looked_at
             capacity = _grown(capacity, context)

@@ -266,17 +266,18 @@ class ShowOAdapter(DecoderAdapter):
         Raises:
             ValueError: saying how many fit.
         """
-        if "image" not in sampling.plan:
+        if not sampling.num_images:
             return
-        last = max(n for n, kind in enumerate(sampling.plan) if kind == "image")
-        said = sampling.plan[:last].count("text") * sampling.max_text_tokens
+        steps = sampling.steps
+        last = max(n for n, step in enumerate(steps) if step.kind == "image")
+        said = sum(step.max_tokens for step in steps[:last])
         own = len(self.tokenizer.encode(self._words_of(prompt)))
         room = self.max_prompt_tokens - 2 - own
         if said > room:
             raise ValueError(
                 f"Prompt {prompt.text[:80]!r} takes {own} tokens, so {max(room, 0)} of "
-                f"adapter.max_prompt_tokens {self.max_prompt_tokens} are left for reasoning, but "
-                f"model.sampling.plan and max_text_tokens allow {said}: lower "
+                f"adapter.max_prompt_tokens {self.max_prompt_tokens} are left for what follows, but "
+                f"model.sampling.plan, max_text_tokens and max_turn_tokens allow {said}: lower "
                 "model.sampling.max_text_tokens, or shorten the prompt."
             )
 

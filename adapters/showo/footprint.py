@@ -114,22 +114,24 @@ def _count(sampling: Sampling, rows: Rows) -> _Counts:
     context = capacity = spoken = rows.given
     again, image = 0, rows.codes + 2
     prefixes: list[int] = []
-    for place, kind in enumerate(sampling.plan):
-        if kind == "text":
-            capacity = max(capacity, context + sampling.max_text_tokens + SPARE)
+    heard = 0
+    for step in sampling.steps:
+        if step.kind != "image":
+            capacity = max(capacity, context + step.max_tokens + SPARE)
             again += context
-            context += sampling.max_text_tokens
-            spoken += sampling.max_text_tokens
+            context += step.max_tokens
+            spoken += step.max_tokens
+            heard += step.max_tokens if step.kind == "turn" else 0
             continue
         prefixes.append(min(rows.prefix, spoken + 2))  # the task before bos, and eos
-        if place < len(sampling.plan) - 1:
+        if step.is_seen:
             again += 2 * context + image  # of the image, and of bos behind it
             context += image + 1
             capacity = max(capacity, context)
     return _Counts(
         context=context,
         again=again,
-        words=spoken - rows.given,
+        words=spoken - heard - rows.given,
         prefixes=prefixes,
         capacity=capacity,
         beside=max((n + image for n in prefixes), default=0),

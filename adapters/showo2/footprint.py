@@ -112,15 +112,15 @@ def footprint(
 def _count(sampling: Sampling, given: int, image: int) -> _Counts:
     context = capacity = given
     blocks = seen = words = 0
-    for place, kind in enumerate(sampling.plan):
-        if kind == "text":
-            context += sampling.max_text_tokens
-            words += sampling.max_text_tokens
+    for step in sampling.steps:
+        if step.kind != "image":
+            context += step.max_tokens
+            words += step.max_tokens if step.kind == "text" else 0
         else:
             context += 1  # the mark before it
             blocks += sampling.window_size
             capacity = max(capacity, context + image)
-            if place < len(sampling.plan) - 1:
+            if step.is_seen:
                 context += image + 1
                 seen += 1
         capacity = max(capacity, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +71,15 @@ class ReferenceDrift(UniGRPOCallback):
         for twin in self._twin:
             policy = twin
             twin.net.to(module.device)
-        sampling = replace(module.sampling, plan=module.evaluation_plan)
         with context or nullcontext():
-            chunks = rollout(policy, starts, sampling, evaluate=True, progress=module.progress)
+            chunks = rollout(
+                policy,
+                starts,
+                module.eval_sampling,
+                evaluate=True,
+                speaker=module.turns,
+                progress=module.progress,
+            )
             others = list(chain.from_iterable(chunks))
         pairs = zip(drawn, others, strict=True)
         found = [distance(t.image, other.image) for t, other in pairs if t.image is not None]

@@ -20,7 +20,7 @@ from lightning_unigrpo.advantage import (
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.reward import combine, require_scores
 from lightning_unigrpo.rollout import Start
-from lightning_unigrpo.types import Prompt, sampled_by_round, until_each_image
+from lightning_unigrpo.types import Prompt, after_each_round, sampled_by_round
 
 if TYPE_CHECKING:
     from lightning_unigrpo.module import UniGRPOModule
@@ -63,14 +63,16 @@ class RolloutGrouping(UniGRPOCallback):
     def on_rewards(self, trainer: Trainer, module: UniGRPOModule, experience: Experience) -> None:
         trajectories, objective = experience.trajectories, module.objective
         rewards = penalised_rounds(experience, objective.truncation_reward)
-        last = combine(rewards[:, -1], experience.reward_weights)
-        for trajectory, reward in zip(trajectories, last.tolist(), strict=True):
+        final = combine(rewards[:, -1], experience.reward_weights)
+        for trajectory, reward in zip(trajectories, final.tolist(), strict=True):
             trajectory.reward = reward
         groups = torch.tensor([t.group for t in trajectories], device=rewards.device)
+        last = [max((number for number, _ in sampled_by_round(t)), default=0) for t in trajectories]
+        ends = torch.tensor(last, device=rewards.device)
         table = distributed.gather_rows(
-            torch.cat([groups.unsqueeze(1).double(), rewards.double().flatten(1)], 1)
+            torch.cat([torch.stack([groups, ends], 1).double(), rewards.double().flatten(1)], 1)
         )
-        index, rewards = table[:, 0].long(), table[:, 1:].float().unflatten(1, rewards.shape[1:])
+        index, rewards = table[:, 0].long(), table[:, 2:].float().unflatten(1, rewards.shape[1:])
         known = distributed.gather_rows(experience.rewards)
         # Made here: a user's subclass may have a constructor of its own, and need not call ours.
         silent: dict[str, int] = vars(self).setdefault("_silent", {})
@@ -78,12 +80,17 @@ class RolloutGrouping(UniGRPOCallback):
         returns = round_returns(rewards, objective.round_rewards, objective.round_weights)
         if objective.round_credit == "trajectory":
             returns = returns[:, :1]
+        else:  # who ended before a round has no action there to be compared
+            number = torch.arange(returns.shape[1], device=returns.device)
+            returns[table[:, 1:2].long() < number] = torch.nan
         found = [self.advantages(module, index, each, experience) for each in returns.unbind(1)]
         offset = distributed.rank() * len(trajectories)  # assign() deals equal shares
         for i, trajectory in enumerate(trajectories, offset):
             trajectory.usable = any(bool(each.usable[i]) for each in found)
-            for number, segment in sampled_by_round(trajectory):
-                segment.advantage = float(found[min(number, len(found) - 1)].values[i])
+            for place, segment in sampled_by_round(trajectory):
+                worth = float(found[min(place, len(found) - 1)].values[i])
+                # The surrogate is linear in it.
+                segment.advantage = worth * objective.loss_weight(place)
         combined = combine(rewards, experience.reward_weights)
         experience.metrics |= group_metrics(combined[:, -1], index, found[0])
         experience.metrics |= round_metrics(combined)
@@ -113,14 +120,19 @@ def penalised_rounds(experience: Experience, truncation_reward: float | None) ->
 
     When the limit equals the longest useful text the stop token has no effect on the image, and
     drifts away unless its absence costs something. Where only the last image is scored, K is 1.
+    Rewards of rounds that a trajectory did without are those of its last.
     """
     rewards = experience.round_rewards
     if rewards is None:
         rewards = experience.rewards.unsqueeze(1)
     if truncation_reward is None:
         return rewards
-    rounds = [[part.stopped for part in until_each_image(t)] for t in experience.trajectories]
-    stopped = torch.tensor(rounds, device=rewards.device).reshape(rewards.shape[:2]).bool()
+    count = rewards.shape[1]
+    rounds = [
+        [part.stopped for part in after_each_round(t, count)] for t in experience.trajectories
+    ]
+    rows = [each + each[-1:] * (count - len(each)) for each in rounds]
+    stopped = torch.tensor(rows, device=rewards.device).reshape(rewards.shape[:2]).bool()
     return torch.where(stopped.unsqueeze(2), rewards, truncation_reward)
 
 
