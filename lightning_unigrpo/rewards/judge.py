@@ -335,15 +335,18 @@ class Judge(RemoteReward):
         Raises:
             ServiceError: when the server refuses, cannot be reached, or does not answer as a chat does.
         """
-        rows = (
-            {name: columns[COLUMNS.get(name, name)][i] for name in self.names}
-            for i in range(len(images))
-        )
+        rows = self.rows(len(images), columns)
         scores = [
             None if image is None else self._ask(image, row)
             for image, row in zip(images, rows, strict=True)
         ]
         return {"score": scores, "parsed": [float(score is not None) for score in scores]}
+
+    def rows(self, count: int, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+        """Return what the template may name, rollout by rollout."""
+        return [
+            {name: columns[COLUMNS.get(name, name)][i] for name in self.names} for i in range(count)
+        ]
 
     def question(self, row: Mapping[str, Any]) -> str:
         """Return the text for one rollout; lists are numbered, a line each."""
@@ -359,6 +362,16 @@ class Judge(RemoteReward):
         return re.sub(r"\{(\w+)\}", fill, self.template)
 
     def _ask(self, image: Image.Image, row: Mapping[str, Any]) -> float | None:
+        assert self.parser is not None
+        score = self.parser(self.reply(image, row))
+        return score if score is not None and math.isfinite(score) else None
+
+    def reply(self, image: Image.Image, row: Mapping[str, Any]) -> Reply:
+        """Ask about one rollout.
+
+        Raises:
+            ServiceError: when the server refuses, cannot be reached, or does not answer as a chat does.
+        """
         if self.side is not None:
             image = image.resize((self.side, self.side))
         content = [
@@ -367,9 +380,7 @@ class Judge(RemoteReward):
         ]
         body = {**self.request, "messages": [{"role": "user", "content": content}]}
         answer = self.send("/chat/completions", json.dumps(body).encode(), "application/json")
-        assert self.parser is not None
-        score = self.parser(read_reply(read_json(answer), row))
-        return score if score is not None and math.isfinite(score) else None
+        return read_reply(read_json(answer), row)
 
 
 def read_reply(answer: Any, row: Mapping[str, Any]) -> Reply:
