@@ -1,6 +1,6 @@
 """What the user says between the rounds of a trajectory: the turns of ``sampling.plan``.
 
-``model.turns`` is a text, a list of texts, or a callable that is called like a reward::
+``model.turns`` is a list of texts, or a callable that is called like a reward::
 
     def turns(*, images, prompts, completions, turn, **columns) -> Sequence[str | None]
 
@@ -26,7 +26,7 @@ from lightning_unigrpo.reward import (
 )
 from lightning_unigrpo.types import Prompt, Trajectory
 
-Source: TypeAlias = str | Sequence[str] | Callable[..., Any]
+Source: TypeAlias = Sequence[str] | Callable[..., Any]
 """What ``model.turns`` may be."""
 WHO = "model.turns"
 
@@ -44,7 +44,7 @@ class Script:
 
     def __init__(self, *texts: str) -> None:
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{WHO} is {list(texts)}; give a text, or a list of texts.")
+            raise ValueError(f"{WHO} is {list(texts)}; give one text or more.")
         self.texts = texts
 
     def __call__(self, *, prompts: Sequence[str], turn: int) -> list[str]:
@@ -100,7 +100,7 @@ class Turns:
     """Lets a source speak, and looks at what it says.
 
     Args:
-        source: a text, texts turn by turn, or a callable.
+        source: texts, turn by turn, or a callable.
 
     Raises:
         ValueError: when it is nothing of the kind.
@@ -108,10 +108,8 @@ class Turns:
 
     def __init__(self, source: Source) -> None:
         if isinstance(source, str):
-            source = Script(source)
-        elif not callable(source):
-            source = Script(*source)
-        self.source = source
+            raise ValueError(f"{WHO} is {source!r}; give a list of texts, or a callable.")
+        self.source = source if callable(source) else Script(*source)
 
     @property
     def needs_images(self) -> bool:

@@ -90,8 +90,8 @@ class UniGRPOModule(LightningModule):
         guard: bounds of the on-policy check.
         evaluation: what validation and test draw.
         eval_rewards: what they score with; ``None`` = with the rewards of training.
-        turns: what the user says where ``sampling.plan`` has a ``turn``: a text, a list of texts, or a
-            callable (:mod:`lightning_unigrpo.dialogue`).
+        turns: what the user says where ``sampling.plan`` has a ``turn``: texts, turn by turn, or a callable
+            (:mod:`lightning_unigrpo.dialogue`).
     """
 
     automatic_optimization: bool
@@ -107,7 +107,7 @@ class UniGRPOModule(LightningModule):
         guard: Guard | None = None,
         evaluation: Evaluation | None = None,
         eval_rewards: list[Callable[..., Any]] | None = None,
-        turns: str | list[str] | Callable[..., Any] | None = None,
+        turns: list[str] | Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -176,8 +176,8 @@ class UniGRPOModule(LightningModule):
             return
         if self.turns is None:
             raise ValueError(
-                f"sampling.plan is {self.sampling.plan}, but nobody says its turns: give model.turns (a "
-                "text, a list of texts, or a callable), or leave 'turn' out of the plan."
+                f"sampling.plan is {self.sampling.plan}, but nobody says its turns: give model.turns (a list "
+                "of texts, or a callable), or leave 'turn' out of the plan."
             )
         if type(self.adapter).turn is Adapter.turn:
             self.adapter.turn("", TextSegment(tokens=torch.zeros(0)))  # says what is missing

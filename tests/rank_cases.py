@@ -69,6 +69,7 @@ class Case:
     prompts: Sequence[Prompt]
     """Of every iteration."""
     reward: Callable[..., Any]
+    turns: list[str] | None = None
     lr: float | None = 0.05
     """Of gradient descent, in both groups; ``None`` = AdamW."""
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +111,7 @@ def settings_of(case: Case, **sampling: Any) -> dict[str, Any]:
     }
     return {
         "rewards": [case.reward],
+        "turns": case.turns,
         "guard": Guard(action="warn"),  # the test says more
         "sampling": Sampling(**(drawn | case.sampling | sampling)),
         "objective": Objective(**(objective | case.objective)),
@@ -207,9 +209,16 @@ CASES = {
     "digits": Case(**DIGITS, iterations=4),  # the last one is what checkpoints are continued with
     # All in one group, which lies on all ranks.
     "one group": Case(**(DIGITS | {"prompts": QUESTIONS[:1]}), sampling={"group_size": 12}),
-    "two rounds": Case(
-        **DIGITS,
-        sampling={"plan": ("text", "image", "text", "image")},
+    # Rounds of unequal number, on one rank and between ranks: who says "3=3" keeps its drawing.
+    "dialogue": Case(
+        **(DIGITS | {"build": lambda folder: DigitsAdapter("two_rounds")}),
+        sampling={
+            "plan": ("text", "image", "turn", "text", "image"),
+            "rounds": 3,
+            "max_text_tokens": (12, 4),
+            "stop_phrase": "=",
+        },
+        turns=["please draw"],
         objective={"text_aggregation": "sequence_mean", "text_kl_weight": 0.05},
         lr=0.005,  # the KL's gradient is steep
     ),

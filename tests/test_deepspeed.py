@@ -36,7 +36,7 @@ EXACT = [
     "deepspeed_stage_1/clipped/auto/32-true",
     "deepspeed_stage_2/clipped/auto/32-true",
     "deepspeed_stage_3/clipped/resident/32-true",
-    "deepspeed_stage_2/two rounds/auto/32-true",
+    "deepspeed_stage_2/dialogue/auto/32-true",
     "deepspeed_stage_2/lora/auto/32-true",
     "deepspeed_stage_3/lora/sharded/32-true",
     "deepspeed_stage_3/bagel/resident/32-true",

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor
 
-from lightning_unigrpo import IterationCheckpoint, Objective, Sampling, UniGRPOModule
+from lightning_unigrpo import Adapter, IterationCheckpoint, Objective, Sampling, UniGRPOModule
 from lightning_unigrpo.advantage import group_advantages
 from lightning_unigrpo.config import Evaluation
 from lightning_unigrpo.data import PromptDataModule
@@ -25,31 +25,29 @@ from lightning_unigrpo.types import (
     ImageSegment,
     Prompt,
     Scores,
-    Segment,
     TextSegment,
     Trajectory,
     after_each_round,
     sampled_by_round,
 )
 from tests.test_module import fit, objective, optim, small, trainer
-from tests.toys import WORDS, ToyFlow, ToyMasked, ToyTokens
+from tests.toys import ToyFlow, ToyMasked, ToyTokens
 
 STARTS = [Start(Prompt(text=f"{'abcd'[i // 2]}", id=i // 2), i // 2, i % 2) for i in range(8)]
 DIALOGUE = ("text", "image", "turn", "text", "image", "turn", "text", "image")
 
 
-class Talks(ToyFlow):
-    """A turn is a text like any other."""
+class Mute(ToyFlow):
+    """Was written before there were turns."""
 
-    def turn(self, text: str, behind: Segment) -> TextSegment:
-        return TextSegment(tokens=torch.tensor([1 + WORDS.index(word) for word in text.split()]))
+    turn = Adapter.turn
 
 
 def draw(
     sampling: Sampling, source: Any = None, adapter: Any = None, **more: Any
 ) -> list[Trajectory]:
     speaker = None if source is None else Turns(source)
-    (found,) = rollout((adapter or Talks()).eval(), STARTS, sampling, speaker=speaker, **more)
+    (found,) = rollout((adapter or ToyFlow()).eval(), STARTS, sampling, speaker=speaker, **more)
     return found
 
 
@@ -134,7 +132,7 @@ def test_images_that_are_not_looked_at_change_nothing_later() -> None:
     assert any(not torch.equal(a.image, b.image) for a, b in zip(seen, blind, strict=True))
     assert not any(s.is_context for t in blind for s in t.segments if isinstance(s, ImageSegment))
     without = [t.segments[:-2] for t in blind]
-    adapter = Talks().eval()
+    adapter = ToyFlow().eval()
     texts = [[s for s in row if isinstance(s, TextSegment)] for row in without]
     active = torch.ones(len(blind), dtype=torch.bool)
     found = [adapter.next_logits(adapter.prefill(rows), None, active) for rows in (without, texts)]
@@ -197,7 +195,7 @@ def test_rows_that_have_ended_leave_the_others_as_they_are() -> None:
 def test_a_user_may_end_it() -> None:
     prompts = [Prompt(text="a", id=i, columns={"turns": ["b"] * i}) for i in range(3)]
     starts = [Start(prompt, prompt.id, m) for prompt in prompts for m in range(2)]
-    (found,) = rollout(Talks().eval(), starts, small(plan=DIALOGUE), speaker=Turns(Column()))
+    (found,) = rollout(ToyFlow().eval(), starts, small(plan=DIALOGUE), speaker=Turns(Column()))
     assert [kinds(t).count("image") for t in found] == [1, 1, 2, 2, 3, 3]
     assert [kinds(t).count("turn") for t in found] == [0, 0, 1, 1, 2, 2]
 
@@ -217,7 +215,7 @@ def test_discrete_images_end_alike(toy: Any) -> None:
         (lambda *, prompts: "a" * len(prompts), "must return a list"),
         (lambda *, prompts: [1] * len(prompts), "must return a list"),
         (lambda *, colour: [], r"model\.turns asks for \['colour'\]"),
-        ("a b c d e", r"takes 5 tokens, more than sampling\.max_turn_tokens 4"),
+        (["a b c d e"], r"takes 5 tokens, more than sampling\.max_turn_tokens 4"),
     ],
 )
 def test_what_cannot_be_said_is_an_error(source: Any, message: str) -> None:
@@ -228,16 +226,18 @@ def test_what_cannot_be_said_is_an_error(source: Any, message: str) -> None:
 def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
     dialogue = small(plan=DIALOGUE, max_turn_tokens=2)
     with pytest.raises(ValueError, match=r"nobody says its turns: give model\.turns"):
-        UniGRPOModule(Talks(), sampling=dialogue)
-    with pytest.raises(TypeError, match=r"ToyFlow has no turn\(text, behind\)"):
-        UniGRPOModule(ToyFlow(), sampling=dialogue, turns="a")
+        UniGRPOModule(ToyFlow(), sampling=dialogue)
+    with pytest.raises(TypeError, match=r"Mute has no turn\(text, behind\)"):
+        UniGRPOModule(Mute(), sampling=dialogue, turns=["a"])
     with pytest.raises(ValueError, match=r"model\.turns is \[\]"):
-        UniGRPOModule(Talks(), sampling=dialogue, turns=[])
-    module = UniGRPOModule(Talks(), sampling=dialogue, turns="a b c")
+        UniGRPOModule(ToyFlow(), sampling=dialogue, turns=[])
+    with pytest.raises(ValueError, match="give a list of texts"):
+        UniGRPOModule(ToyFlow(), sampling=dialogue, turns="a")
+    module = UniGRPOModule(ToyFlow(), sampling=dialogue, turns=["a b c"])
     with pytest.raises(ValueError, match="takes 3 tokens"):
         fit(tmp_path, module, 1)
     prompts = [Prompt(text="a", id=i, columns={"turns": each}) for i, each in enumerate([["b"], 3])]
-    module = UniGRPOModule(Talks(), sampling=dialogue, turns=Column())
+    module = UniGRPOModule(ToyFlow(), sampling=dialogue, turns=Column())
     with pytest.raises(ValueError, match="column 'turns' of a prompt holds 3"):
         trainer(tmp_path, 1).fit(module, PromptDataModule.from_prompts(prompts))
     assert module.iteration == 0
@@ -314,7 +314,7 @@ def test_means_in_the_logs_are_of_what_was_drawn() -> None:
     found, sampling = count(images, small(3)), small(3)
     assert found.images == 3 * len(images) == found.sequences
     assert found.drawn == sum(kinds(t).count("image") for t in images) < found.images
-    scores = Talks()(images)
+    scores = ToyFlow()(images)
     for trajectory in images:
         for segment in trajectory.segments:
             if isinstance(segment, ImageSegment) and segment.is_sampled:
@@ -420,7 +420,7 @@ def chatting(**changes: Any) -> UniGRPOModule:
     seed_everything(3)
     sampling = replace(small(plan=DIALOGUE[:5], stop_phrase="b", max_text_tokens=(5, 3)), rounds=3)
     return UniGRPOModule(
-        Talks(),
+        ToyFlow(),
         sampling=sampling,
         turns=["a", "c d"],
         objective=objective(round_rewards="each", round_credit="round"),

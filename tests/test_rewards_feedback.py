@@ -14,9 +14,10 @@ from lightning_unigrpo.rewards.feedback import Feedback
 from lightning_unigrpo.rollout import Start, rollout
 from lightning_unigrpo.types import Prompt, TextSegment, Trajectory
 from tests.services import Answer, Request, decode, say, service
-from tests.test_dialogue import DIALOGUE, Talks, kinds
+from tests.test_dialogue import DIALOGUE, kinds
 from tests.test_module import small
 from tests.test_rewards_judge import QUICK, chat
+from tests.toys import ToyFlow
 
 
 def standing(text: str, image: Tensor) -> Trajectory:
@@ -75,7 +76,7 @@ def test_it_is_asked_about_the_drawing_as_it_stands() -> None:
     starts = [Start(Prompt(text="a b"), 0, member) for member in range(2)]
     with service(answer) as running:
         source = Feedback(f"{running.url}/v1", "m", **QUICK)
-        (found,) = rollout(Talks().eval(), starts, small(plan=DIALOGUE), speaker=Turns(source))
+        (found,) = rollout(ToyFlow().eval(), starts, small(plan=DIALOGUE), speaker=Turns(source))
     assert len(seen) == 4 == len(set(seen))
     for trajectory in found:
         assert kinds(trajectory) == ["text", "image", "turn", "text", "image"]
