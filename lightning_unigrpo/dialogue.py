@@ -65,19 +65,21 @@ class Column:
         name: of the column.
 
     Example:
-        >>> Column("edits")(edits=[["larger", "blue"], ["on grass"]], turn=1)
+        >>> edits = [["larger", "blue"], ["on grass"]]
+        >>> Column("edits")(prompts=["a cat", "a dog"], edits=edits, turn=1)
         ['blue', None]
     """
 
     def __init__(self, name: str = "turns") -> None:
         self.name = name
 
-    def __call__(self, *, turn: int, **columns: Any) -> list[str | None]:
+    def __call__(
+        self, *, prompts: Sequence[str], turn: int, **columns: Sequence[Any]
+    ) -> list[str | None]:
         """Return the texts of a turn, None behind the end of a list."""
-        return [
-            texts[turn] if turn < len(texts) else None
-            for texts in map(self._texts, columns.get(self.name) or [None])
-        ]
+        found = columns.get(self.name, [None] * len(prompts))
+        lists = map(self._texts, prompts, found)
+        return [texts[turn] if turn < len(texts) else None for texts in lists]
 
     def known(self, prompt: Prompt) -> Sequence[str]:
         """Return all that will be said to trajectories of a prompt.
@@ -85,13 +87,14 @@ class Column:
         Raises:
             ValueError: when it does not say.
         """
-        return self._texts(prompt.columns.get(self.name))
+        return self._texts(prompt.text, prompt.columns.get(self.name))
 
-    def _texts(self, found: Any) -> Sequence[str]:
+    def _texts(self, prompt: str, found: Any) -> Sequence[str]:
         texts = [found] if isinstance(found, str) else found
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             raise ValueError(
-                f"The column {self.name!r} of a prompt holds {found!r}; {WHO} wants a list of texts there."
+                f"The column {self.name!r} of prompt {prompt[:80]!r} holds {found!r}; {WHO} wants a list of "
+                "texts there."
             )
         return texts
 

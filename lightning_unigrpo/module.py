@@ -54,7 +54,7 @@ from lightning_unigrpo.dialogue import Turns
 from lightning_unigrpo.evaluation import Figures, drawn_by
 from lightning_unigrpo.guard import Mismatch, OnPolicyError, beyond_bounds
 from lightning_unigrpo.loss import Counts, Metrics, Transitions, by_shape, count, trajectory_loss
-from lightning_unigrpo.reward import RewardRunner, reward_names, wrap
+from lightning_unigrpo.reward import RewardRunner, reward_names, table_of_rounds, wrap
 from lightning_unigrpo.rewards import CLIPScore
 from lightning_unigrpo.rollout import Start, rollout, said
 from lightning_unigrpo.timing import PhaseClock, peak_memory
@@ -368,13 +368,7 @@ class UniGRPOModule(LightningModule):
         except Exception as raised:  # whatever a backbone or a required reward raises
             error = raised
         distributed.agree(error)
-        # One that ended early stands as it is in the rounds that it did without.
-        ends = np.cumsum(lengths)
-        which = [
-            [min(k, n - 1) + end - n for k in range(rounds)]
-            for n, end in zip(lengths, ends, strict=True)
-        ]
-        by_round = matrix[torch.tensor(which, dtype=torch.long).reshape(-1, rounds)]
+        by_round = table_of_rounds(matrix, lengths, rounds)
         matrix = by_round[:, -1]
         for trajectory, row in zip(trajectories, matrix.tolist(), strict=True):
             trajectory.rewards = dict(zip(runner.names, row, strict=True))

@@ -198,6 +198,30 @@ def combine(rewards: Tensor, weights: Tensor) -> Tensor:
     return torch.where(counted.any(-1), total, torch.nan)
 
 
+def table_of_rounds(rewards: Tensor, lengths: Sequence[int], num_rounds: int) -> Tensor:
+    """Lay rewards of rounds out in a table; who ended early stands as he was in the rounds he did without.
+
+    ``R_ik = r_i,min(k, n_i)``
+
+    Args:
+        rewards: ``[sum(lengths), m]`` float32, of each trajectory after each of its rounds.
+        lengths: n, of each trajectory, 1 to K.
+        num_rounds: K.
+
+    Returns:
+        ``[n, K, m]``.
+
+    Example:
+        >>> table_of_rounds(torch.tensor([[1.0], [2.0], [5.0]]), [2, 1], 3).squeeze(2)
+        tensor([[1., 2., 2.],
+                [5., 5., 5.]])
+    """
+    count = torch.tensor(lengths, dtype=torch.long).unsqueeze(1)
+    first = count.cumsum(0) - count
+    which = first + torch.minimum(torch.arange(num_rounds), count - 1)
+    return rewards[which.to(rewards.device)]
+
+
 PATIENCE = 3
 """Collections in a row without any score that a reward is forgiven, once it has scored."""
 

@@ -238,7 +238,7 @@ def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
         fit(tmp_path, module, 1)
     prompts = [Prompt(text="a", id=i, columns={"turns": each}) for i, each in enumerate([["b"], 3])]
     module = UniGRPOModule(ToyFlow(), sampling=dialogue, turns=Column())
-    with pytest.raises(ValueError, match="column 'turns' of a prompt holds 3"):
+    with pytest.raises(ValueError, match="column 'turns' of prompt 'a' holds 3"):
         trainer(tmp_path, 1).fit(module, PromptDataModule.from_prompts(prompts))
     assert module.iteration == 0
 
