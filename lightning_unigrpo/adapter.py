@@ -424,6 +424,11 @@ class Adapter(nn.Module, ABC):
         return None
 
 
+def has_turns(adapter: Adapter) -> bool:
+    """Return whether an adapter knows how its layout holds what the user says in the middle."""
+    return type(adapter).turn is not Adapter.turn
+
+
 def dropout_rates(net: nn.Module) -> dict[str, float]:
     """Return every probability above 0 with which a network drops out, by module and attribute.
 

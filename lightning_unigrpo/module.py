@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self, override
 
 from lightning_unigrpo import distributed
-from lightning_unigrpo.adapter import Adapter, dropout_rates
+from lightning_unigrpo.adapter import Adapter, dropout_rates, has_turns
 from lightning_unigrpo.budget import GIB, MemoryBudget
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.grouping import RolloutGrouping
@@ -179,8 +179,11 @@ class UniGRPOModule(LightningModule):
                 f"sampling.plan is {self.sampling.plan}, but nobody says its turns: give model.turns (a list "
                 "of texts, or a callable), or leave 'turn' out of the plan."
             )
-        if type(self.adapter).turn is Adapter.turn:
-            self.adapter.turn("", TextSegment(tokens=torch.zeros(0)))  # says what is missing
+        if not has_turns(self.adapter):
+            raise ValueError(
+                f"sampling.plan is {self.sampling.plan}, but {type(self.adapter).__name__} has no turn(text, "
+                "behind): its layout has no place for what a user says in between. Leave 'turn' out."
+            )
 
     def require_room(self, prompt: Prompt) -> None:
         """Raise when rollouts of a prompt may not fit, before anything is drawn.
