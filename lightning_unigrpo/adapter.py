@@ -108,7 +108,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor, grid: Grid) -> Tensor:
-        """Turn clean latents ``[B, N, C]`` (or codes ``[B, N]``) into ``[B, 3, H, W]`` in [0, 1]."""
+        """Turn clean latents ``[B, N, C]`` (or codes ``[B, N]``) into ``[B, 3, H, W]`` in [0, 1].
+
+        One rank may call it alone: it must not call ``net``.
+        """
 
     def look(self, image: Any, *, turn_follows: bool = False) -> Any:
         """Return a drawn image, of codes or latents, as later segments will see it, with its ``views``.

@@ -34,6 +34,9 @@ from lightning_unigrpo.types import (
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as ``progress(phase, done, total)`` while a rollout runs."""
+Listener: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Called as ``heard(tokens, active)`` after every token of a text: ``[B, L]`` int64, the tokens drawn so far,
+and ``[B]`` bool, the rows to which the last one belongs."""
 Speaker: TypeAlias = Callable[[Sequence[Trajectory], int], Sequence[str | None]]
 """Called as ``speaker(trajectories, number)`` with trajectories as they stand, and the number of the turn
 from 0; returns what the user says to each, or None where there is nothing left to say."""
@@ -136,6 +139,7 @@ def sample_text(
     top_k: int | None = None,
     top_p: float = 1.0,
     progress: Progress | None = None,
+    heard: Listener | None = None,
 ) -> list[TextSegment]:
     """Decode one text in every row until its stop token or the length limit.
 
@@ -148,6 +152,7 @@ def sample_text(
         top_k: tokens to choose from, for evaluation; log-probabilities are then of these only.
         top_p: likewise, the probability they have together.
         progress: told the number of tokens decoded so far.
+        heard: told the tokens themselves.
 
     Returns:
         B sampled segments.
@@ -166,6 +171,8 @@ def sample_text(
         tokens.append(token)
         log_probs.append(log_prob)
         lengths += active
+        if heard is not None:
+            heard(torch.stack(tokens, 1), active)
         active = active & (token != adapter.stop_token)
         if progress is not None:
             progress("text", i + 1, max_tokens)
@@ -405,6 +412,7 @@ def rollout(
     every_image: bool = False,
     speaker: Speaker | None = None,
     progress: Progress | None = None,
+    heard: Listener | None = None,
 ) -> Iterator[list[Trajectory]]:
     """Yield finished trajectories, chunk by chunk, in the order of ``starts``.
 
@@ -421,6 +429,7 @@ def rollout(
         every_image: decode every image that is drawn (``Trajectory.rounds``), or only the last.
         speaker: says the turns of the plan.
         progress: told what is being drawn and how far it is.
+        heard: told the tokens of the texts while they are drawn.
 
     Yields:
         Lists of at most ``sampling.rows_per_chunk`` trajectories with decoded images and texts.
@@ -431,7 +440,9 @@ def rollout(
     size = sampling.rows_per_chunk or max(1, len(starts))
     for first in range(0, len(starts), size):
         chunk = starts[first : first + size]
-        drawn = _Chunk(adapter, chunk, sampling, iteration, evaluate, speaker, progress).run()
+        drawn = _Chunk(
+            adapter, chunk, sampling, iteration, evaluate, speaker, progress, heard
+        ).run()
         decode_images(adapter, drawn, every=every_image and sampling.num_images > 1)
         yield drawn
 
@@ -446,12 +457,13 @@ class _Chunk:
         sampling: Sampling,
         iteration: int,
         evaluate: bool,
-        speaker: Speaker | None,
-        progress: Progress | None,
+        speaker: Speaker | None = None,
+        progress: Progress | None = None,
+        heard: Listener | None = None,
     ) -> None:
         self.adapter, self.starts, self.sampling = adapter, starts, sampling
         self.iteration, self.evaluate = iteration, evaluate
-        self.speaker, self.progress = speaker, progress
+        self.speaker, self.progress, self.heard = speaker, progress, heard
         self.seed = sampling.seed or 0
         self.draws = Draws(self.seed, iteration)
         self.steps = sampling.steps
@@ -532,6 +544,7 @@ class _Chunk:
             top_k=s.eval_top_k if self.evaluate else None,
             top_p=s.eval_top_p if self.evaluate else 1.0,
             progress=self.progress,
+            heard=self.heard,
         )
         for text in texts:
             text.words = self.adapter.detokenize(text.tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_unigrpo import RewardLogger, UniGRPOModule
+from lightning_unigrpo.callbacks.figures import sample_grid
+from lightning_unigrpo.callbacks.folder import write_sample
 from lightning_unigrpo.callbacks.loggers import log_samples
-from lightning_unigrpo.types import Prompt, Trajectory
+from lightning_unigrpo.data import FIRST_ID
+from lightning_unigrpo.types import Prompt, Round, TextSegment, Trajectory
 from tests.test_module import fit, objective, optim, small
 from tests.toys import ToyFlow
 
 
 def samples() -> list[Trajectory]:
+    """Return one of a single round, and one that drew again when it was told to."""
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return [
+    first, second = [
         Trajectory(
             prompt=Prompt(text=f"a | cube {number}"),
             segments=[],
@@ -34,11 +40,30 @@ def samples() -> list[Trajectory]:
         )
         for number, image in enumerate(images)
     ]
+    second.segments = [
+        text("line one", sampled=True),
+        text("la|rger", sampled=False),
+        text("line two", sampled=True),
+    ]
+    second.rounds = [Round(images[0], "line one", 2), Round(images[1], second.completion, 5)]
+    return [first, second]
+
+
+def text(words: str, *, sampled: bool) -> TextSegment:
+    log_prob = torch.zeros(1) if sampled else None
+    return TextSegment(tokens=torch.zeros(1, dtype=torch.long), words=words, log_prob=log_prob)
 
 
 def pixels(sample: Trajectory) -> np.ndarray:
-    assert sample.image is not None
-    return (sample.image * 255).round().byte().permute(1, 2, 0).numpy()
+    """Return the images of a sample side by side, a white line of one pixel between them."""
+    images = [each.image for each in sample.rounds] or [sample.image]
+    drawn = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in images]
+    white = np.full((8, 1, 3), 255, dtype=np.uint8)
+    return np.concatenate([part for image in drawn for part in (white, image)][1:], 1)
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and np.abs(one.astype(int) - other).max() <= 1
 
 
 def test_tensorboard_has_a_figure_and_a_table(tmp_path: Path) -> None:
@@ -53,6 +78,7 @@ def test_tensorboard_has_a_figure_and_a_table(tmp_path: Path) -> None:
     lines = text.tensor_proto.string_val[0].decode().splitlines()
     assert lines[0] == "| prompt | reasoning | reward | reward/ink |"
     assert lines[2] == r"| a \| cube 0 | line one line two | 0.5 | 0.0 |"
+    assert lines[3].startswith(r"| a \| cube 1 | line one [user] la\|rger line two |")
     assert len(lines) == 4
 
 
@@ -69,10 +95,10 @@ def test_wandb_has_captioned_images_and_a_table(
     assert len(tables) == 1
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["prompt", "reasoning", "reward", "reward/ink"]
-    assert table["data"][1] == ["a | cube 1", "line one\nline two", 1.5, 0.25]
+    assert table["data"][1] == ["a | cube 1", "line one\n[user] la|rger\nline two", 1.5, 0.25]
     found = [np.asarray(Image.open(path).convert("RGB")) for path in images]
     for sample in samples():  # the files are named by their content
-        assert any(np.abs(image.astype(int) - pixels(sample)).max() <= 1 for image in found)
+        assert any(alike(image, pixels(sample)) for image in found)
 
 
 # mlflow's own code with pandas 3: https://pandas.pydata.org/docs/whatsnew/v3.0.0.html
@@ -90,6 +116,33 @@ def test_mlflow_has_images_and_a_table(tmp_path: Path, monkeypatch: pytest.Monke
     shown = [np.asarray(Image.open(path).convert("RGB")) for path in images]
     for sample in samples():
         assert any(np.array_equal(image, pixels(sample)) for image in shown)
+
+
+def test_an_evaluation_writes_what_its_scorer_does_not_read_beside_the_last_image(
+    tmp_path: Path,
+) -> None:
+    (sample,) = samples()[1:]
+    write_sample(tmp_path, replace(sample, prompt=Prompt(text="draw", id=FIRST_ID["test"] + 7)))
+    folder = tmp_path / "00007" / "samples"
+    # https://github.com/djghosh13/geneval, evaluation/evaluate_images.py, reads what this fits.
+    assert [f.name for f in folder.iterdir() if re.match(r"\d+\.png", f.name)] == ["00001.png"]
+    last = np.asarray(Image.open(folder / "00001.png"))
+    assert np.array_equal(last, pixels(replace(sample, rounds=[])))
+    assert np.array_equal(np.asarray(Image.open(folder / "00001-rounds.png")), pixels(sample))
+    assert (folder / "00001.txt").read_text() == "line one\n[user] la|rger\nline two"
+
+
+def test_images_of_samples_are_equally_large_in_a_figure() -> None:
+    one, several = sample_grid({"base": samples()}).axes
+    sides = []
+    for axis, count in ((one, 1), (several, 2)):
+        (picture,) = axis.get_images()
+        low, high = axis.get_xlim()
+        left, right, *_ = picture.get_extent()
+        assert left - low == pytest.approx(high - right)
+        sides.append((right - left) / (high - low) / count)
+    assert sides == pytest.approx([0.5, 0.5], abs=0.01)
+    assert several.get_xlabel() == "line one\n[user] la|rger\nline two\nreward 1.50"
 
 
 def test_csv_is_left_alone(tmp_path: Path) -> None:

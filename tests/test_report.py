@@ -10,8 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,13 +32,17 @@ from lightning_unigrpo import (
     UniGRPOModule,
 )
 from lightning_unigrpo.adapters.digits import DigitsAdapter
-from lightning_unigrpo.callbacks import IterationCheckpoint, RolloutRecorder
+from lightning_unigrpo.callbacks import IterationCheckpoint, RolloutRecorder, rounds
 from lightning_unigrpo.callbacks.recorder import choose_groups
+from lightning_unigrpo.callbacks.records import record, write_records
 from lightning_unigrpo.callbacks.report import write_page
-from lightning_unigrpo.report import thumbnails, write
+from lightning_unigrpo.report import panels, thumbnails, write
 from lightning_unigrpo.report.groups import WORDS, gather_groups, room_for_words, thin
-from lightning_unigrpo.report.read import Group, Member, align, find_run, read_run
+from lightning_unigrpo.report.read import align, find_run, read_run
+from lightning_unigrpo.report.rollouts import Group, Member
 from lightning_unigrpo.report.thumbnails import make
+from lightning_unigrpo.rollout import decode_images
+from lightning_unigrpo.types import ImageSegment, TextSegment
 from tests.interrupts import PressCtrlC
 from tests.runs import fill, group
 from tests.test_module import Record
@@ -52,6 +57,8 @@ def train(
     logger: Any = False,
     sampling: dict[str, Any] | None = None,
     objective: Objective | None = None,
+    turns: Any = None,
+    chosen: Sequence[int] = range(6),
     **changes: Any,
 ) -> Trainer:
     """Run a few small iterations of the digits task."""
@@ -60,9 +67,10 @@ def train(
         group_size=SIZE, max_text_tokens=12, num_timesteps=3, schedule="steps", shift=1.0, eta=0.7,
         window_size=2, window_range=(0, 2), eval_num_timesteps=3, **(sampling or {}),
     )  # fmt: skip
-    module = UniGRPOModule(adapter, sampling=settings, objective=objective)
+    module = UniGRPOModule(adapter, sampling=settings, objective=objective, turns=turns)
     prompts = adapter.defaults()
-    data = PromptDataModule.from_prompts(prompts.train[:6], prompts.val[:4], prompts.test[:4])
+    train = [prompts.train[i] for i in chosen]
+    data = PromptDataModule.from_prompts(train, prompts.val[:4], prompts.test[:4])
     data.prompts_per_iteration = 2
     trainer = Trainer(
         accelerator="cpu",
@@ -123,33 +131,198 @@ def test_what_is_recorded_is_what_was_drawn(run: tuple[Path, Record]) -> None:
             assert np.abs(pixels - exact).max() <= 0.5 + 1e-4  # rounded, nothing lost
 
 
-def test_rounds_are_recorded_and_shown_in_their_order(tmp_path: Path) -> None:
-    record = Record()
-    sampling = {"plan": ("text", "image", "text", "image")}
-    train(
-        tmp_path,
-        record,
-        RolloutRecorder(every=1, groups=1),
-        steps=1,
-        sampling=sampling,
-        objective=Objective(round_rewards="each"),
-    )
-    (line,) = lines(tmp_path / "rollouts" / "groups.jsonl")
-    shown = gather_groups(read_run(tmp_path)).rows[0]["members"]
-    for member, on_page, trajectory in zip(
-        line["members"], shown, record.experience[0].trajectories, strict=False
+DIALOGUE = {"plan": ("text", "image", "turn", "text", "image"), "stop_phrase": "-", "seed": 0}
+ENDS = (100, 200)
+"""Prompts whose first groups end in all three ways."""
+
+
+def edits(completions: list[str], turn: int) -> list[str | None]:
+    """Be content with what ends in 1, 3 or 5."""
+    return [None if words[-1:] in "135" else "please draw nine" for words in completions]
+
+
+class Dialogues(NamedTuple):
+    """A run with turns and early ends."""
+
+    kind: str
+    folder: Path
+    record: Record
+    decoded: list[Trajectory]
+    """What the callbacks decoded."""
+
+
+@pytest.fixture(scope="module", params=["last", "each"])
+def dialogues(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Dialogues:
+    found = Dialogues(request.param, tmp_path_factory.mktemp("dialogues"), Record(), [])
+
+    def decode(adapter: Any, trajectories: list[Trajectory], *, every: bool) -> None:
+        found.decoded.extend(trajectories)
+        decode_images(adapter, trajectories, every=every)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "decode_images", decode)
+        train(
+            found.folder,
+            found.record,
+            RolloutRecorder(every=10, groups=2),
+            steps=3,
+            sampling=DIALOGUE,
+            objective=Objective(
+                round_rewards=found.kind,
+                round_credit="round" if found.kind == "each" else "trajectory",
+                truncation_reward=None,
+            ),
+            turns=edits,
+            chosen=ENDS,
+        )
+    return found
+
+
+def pixels_of(file: Path | str) -> np.ndarray:
+    """Read an image: a file, or what a page holds."""
+    source = io.BytesIO(base64.b64decode(file.partition(",")[2])) if isinstance(file, str) else file
+    with Image.open(source) as image:
+        return np.asarray(image)
+
+
+def test_rounds_are_recorded_and_shown_as_they_were_drawn(dialogues: Dialogues) -> None:
+    adapter, endings, own_advantages = DigitsAdapter(None), set(), False
+    rows = gather_groups(read_run(dialogues.folder)).rows
+    recorded = lines(dialogues.folder / "rollouts" / "groups.jsonl")
+    assert [line["iteration"] for line in recorded] == [0, 0, 2, 2]
+    for line, row in zip(recorded, rows, strict=True):
+        experience = dialogues.record.experience[line["iteration"]]
+        here = [i for i, t in enumerate(experience.trajectories) if t.group == line["group"]]
+        for i, member, on_page in zip(here, line["members"], row["members"], strict=True):
+            drawn = experience.trajectories[i]
+            behind = drawn.segments[drawn.num_given :]
+            texts = [s for s in behind if isinstance(s, TextSegment)]
+            images = [s for s in behind if not isinstance(s, TextSegment)]
+            told = [[each.get("turn"), each["reasoning"]] for each in member["rounds"]]
+            assert [x for pair in told for x in pair if x is not None] == [t.words for t in texts]
+            assert [turn for turn, _ in told] == [None, "please draw nine"][: len(told)]
+            assert [[each["turn"], each["reasoning"]] for each in on_page["rounds"]] == told
+            # text, image: the user is content. A turn and a text: the phrase. And an image: the plan.
+            assert member["ended"] == {2: "user", 4: "phrase", 5: "plan"}[len(behind)]
+            endings.add(member["ended"])
+            names = [each["image"] for each in member["rounds"]]
+            assert [name is None for name in names] == [False, member["ended"] == "phrase"][
+                : len(told)
+            ]
+            assert names[len(images) - 1] == member["image"]
+            for name, shown, image in zip(names, on_page["rounds"], images, strict=False):
+                exact = adapter.decode(image.latent.unsqueeze(0), image.grid)[0]
+                exact = (255 * exact).round().byte().permute(1, 2, 0).numpy()
+                file = dialogues.folder / "rollouts" / "images" / name
+                assert np.array_equal(pixels_of(file), exact)
+                assert np.array_equal(pixels_of(shown["image"]), exact)
+            if dialogues.kind == "each":
+                known = experience.round_rewards[
+                    i, : len(told), 0
+                ].tolist()  # the other one weighs 0
+                assert [each["reward"] for each in member["rounds"]] == known
+            else:
+                assert [each["reward"] for each in member["rounds"]] == [None] * len(told)
+            learned = [s.advantage for s in texts if s.is_sampled]
+            assert [each["advantage"] for each in member["rounds"]] == learned
+            differ = len({*learned}) > 1
+            assert [each["advantage"] for each in on_page["rounds"]] == [
+                f"{each:+.2f}" if differ else None for each in learned
+            ]
+            own_advantages |= differ
+    assert own_advantages == (dialogues.kind == "each")
+    assert endings == {"plan", "phrase", "user"}
+
+
+def test_images_of_rounds_are_decoded_only_where_they_are_written(dialogues: Dialogues) -> None:
+    every = [e.trajectories for e in dialogues.record.experience]
+    several = [[t for t in drawn if rounds.num_images(t) > 1] for drawn in every]
+    if dialogues.kind == "each":
+        assert dialogues.decoded == []
+        assert all(t.rounds for drawn in every for t in drawn)
+        return
+    assert several[1]
+    assert len(dialogues.decoded) == len(several[0] + several[2])
+    seen = several[0][0].image
+    assert len(rounds.with_rounds(DigitsAdapter(None), several[0][0]).rounds) == 2
+    assert several[0][0].image is seen
+    assert all(t.rounds == [] for drawn in every for t in drawn)  # scoring looks at them
+
+
+def test_the_number_of_images_is_logged_where_it_varies(
+    dialogues: Dialogues, run: tuple[Path, Record]
+) -> None:
+    for metrics, experience in zip(
+        dialogues.record.metrics, dialogues.record.experience, strict=True
     ):
-        names = [*member["earlier"], member["image"]]
-        for name, uri, drawn in zip(
-            names, [*on_page["earlier"], on_page["image"]], trajectory.rounds, strict=True
-        ):
-            exact = (255 * drawn.image).round().byte().permute(1, 2, 0).numpy()
-            for source in (
-                tmp_path / "rollouts" / "images" / name,
-                io.BytesIO(base64.b64decode(uri.partition(",")[2])),
-            ):
-                with Image.open(source) as image:
-                    assert np.array_equal(np.asarray(image), exact)
+        counts = [
+            sum(isinstance(s, ImageSegment) for s in t.segments) for t in experience.trajectories
+        ]
+        assert metrics["image/rounds"] == pytest.approx(np.mean(counts))
+    assert "image/rounds" not in run[1].metrics[0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "words", "expected"),
+    [
+        ("text image turn text image", ["done", "", None], "user"),  # a first text ends nothing
+        ("text turn text image", ["done"], "user"),
+        ("text image text turn text image", ["a", "", "b"], "user"),
+        ("text image text turn text image", ["a", "", "done"], "phrase"),
+        ("text image text", ["a", "", "done"], "plan"),
+    ],
+)
+def test_how_a_trajectory_ended(plan: str, words: list[str | None], expected: str) -> None:
+    text = {"tokens": torch.zeros(1, dtype=torch.long), "log_prob": torch.zeros(1)}
+    segments = [
+        TextSegment(words=said or "", **text)
+        if kind == "text"
+        else ImageSegment(latent=torch.zeros(1, 1), grid=(1, 1))
+        for kind, said in zip(plan.split(), words, strict=False)
+    ]
+    drawn = Trajectory(prompt=Prompt(text="draw"), segments=segments, group=0, member=0)
+    sampling = Sampling(plan=tuple(plan.split()), stop_phrase="done")
+    assert rounds.ending(drawn, sampling) == expected
+
+
+def test_input_images_are_kept_once_for_a_group(tmp_path: Path) -> None:
+    given = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompt = Prompt(text="larger", images=(given[0], given[1]))
+    drawn = [
+        Trajectory(
+            prompt=prompt, segments=[], group=4, member=m, image=torch.full((3, 8, 8), m / 2)
+        )
+        for m in range(2)
+    ]
+    made = record(drawn, title="train", iteration=3, size=2, sampling=Sampling(), worth={})
+    made.finish(DigitsAdapter(None), torch.device("cpu"))
+    write_records(tmp_path / "rollouts", "groups.jsonl", [made])
+    assert len([*(tmp_path / "rollouts" / "images").iterdir()]) == 4
+    (line,) = lines(tmp_path / "rollouts" / "groups.jsonl")
+    assert all("rounds" not in member for member in line["members"])  # a single round, as ever
+    (row,) = gather_groups(read_run(tmp_path)).rows
+    for uri, pixels in zip(row["inputs"], given, strict=True):
+        exact = (255 * pixels).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(pixels_of(uri), exact)
+    assert [int(pixels_of(m["image"]).max()) for m in row["members"]] == [0, 128]
+
+
+def test_rewards_by_round_and_the_number_of_images_are_drawn(tmp_path: Path) -> None:
+    names = [
+        "reward/round_1",
+        "reward/round_2",
+        "reward/round_10",
+        "val/reward/round_1",
+        "image/rounds",
+    ]
+    text = ",".join(["epoch,step", *names]) + "\n0,0,0.1,0.2,0.3,0.4,1.5\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    charts = {chart.title: chart.svg for chart in panels.rewards(read_run(tmp_path))}
+    assert [*charts] == ["Reward by round", "Validation by round", "Images of a trajectory"]
+    found = re.findall(r"reward/round_\d+", charts["Reward by round"])
+    assert [*dict.fromkeys(found)] == names[:3]
 
 
 def test_test_samples_are_recorded_before_and_after(run: tuple[Path, Record]) -> None:

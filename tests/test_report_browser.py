@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
+from lightning_unigrpo import Objective
 from lightning_unigrpo.callbacks import RolloutRecorder, RunReport
 from lightning_unigrpo.report import write
 from tests.runs import fill, group
-from tests.test_report import train
+from tests.test_report import DIALOGUE, ENDS, edits, lines, train
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -78,10 +80,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "version_0" / "report.html"
 
 
-def resize(browser: Any, width: int) -> None:
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dialogues")
+    train(
+        folder,
+        RolloutRecorder(every=1, groups=2),
+        steps=1,
+        sampling=DIALOGUE,
+        objective=Objective(round_rewards="each"),
+        turns=edits,
+        chosen=ENDS,
+    )
+    return write(folder)
+
+
+def resize(browser: Any, width: int, scheme: str = "light") -> None:
     """Show pages as a screen of that width does; a headless window has a smallest width."""
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -94,6 +113,92 @@ def test_every_page_of_groups_is_whole(browser: Any, finished: Path, width: int)
     page.require_sound()
     page.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     page.require_sound()
+
+
+CONTRAST = """[...document.querySelectorAll('.round h4, .turn, .round .reasoning, .round dt, .round dd')].map(
+  (each) => [getComputedStyle(each).color, getComputedStyle(each.closest('li')).backgroundColor])"""
+
+
+def luminance(colour: str) -> float:
+    """Of ``rgb(r, g, b)``, as WCAG 2.2 defines it."""
+    parts = [int(part) / 255 for part in colour[4:-1].split(",")]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_rounds_stand_below_each_other(
+    browser: Any, dialogues: Path, width: int, scheme: str
+) -> None:
+    resize(browser, width, scheme)
+    page = Page(browser, dialogues)
+    page.require_sound()
+    recorded = [*(dialogues.parent / "rollouts" / "images").iterdir()]
+    assert page.run("document.querySelectorAll('#shown img').length") == len(recorded) > 6
+    text = page.run("document.getElementById('shown').innerText")
+    assert "ended by the user" in text
+    assert "ended with its stop phrase" in text
+    boxes = page.run(
+        "[...document.querySelectorAll('.members li')].map((card) => [card.clientWidth, "
+        "...[...card.querySelectorAll('.turn, .round .reasoning, .round img, .round dl')].map("
+        "(each) => each.getBoundingClientRect()).map((box) => [box.top, box.bottom, box.width])])"
+    )
+    members = [
+        member
+        for line in lines(dialogues.parent / "rollouts" / "groups.jsonl")
+        for member in line["members"]
+    ]
+    for (room, *parts), member in zip(boxes, members, strict=True):
+        told = [[r.get("turn"), r["reasoning"], r["image"], "reward"] for r in member["rounds"]]
+        assert len(parts) == sum(bool(part) for each in told for part in each)
+        assert room >= 140
+        assert all(width > 0.85 * room for *_, width in parts)
+        assert all(one[1] <= other[0] for one, other in pairwise(parts))
+    for ink, paper in page.run(CONTRAST):
+        light, dark = sorted([luminance(ink), luminance(paper)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    resize(browser, 1280)
+
+
+def test_search_finds_what_the_user_said(browser: Any, dialogues: Path) -> None:
+    page = Page(browser, dialogues)
+    assert page.position == "2 groups, page 1 of 1"
+    turns = page.run(
+        "groups.map((group) => group.members.some((member) => member.rounds[1]?.turn))"
+    )
+    page.browser.find_element("id", "search").send_keys("DRAW NINE")
+    assert page.position == f"{turns.count(True)} groups, page 1 of 1"
+    assert "draw nine" not in page.run("groups.map((group) => group.prompt).join()")
+    page.browser.find_element("id", "search").send_keys(" thousand")
+    assert page.position == "no group matches"
+
+
+def test_rounds_of_old_records_and_input_images_are_shown(browser: Any, tmp_path: Path) -> None:
+    """Before there were ``rounds``, a member held the names of its earlier images."""
+    old = group(0, earlier=["first.png"], image="last.png", reasoning="one\ntwo")
+    plain = group(1, earlier=[], image="last.png") | {"input_images": ["../../given.png"]}
+    fill(tmp_path, [old, plain])
+    for name, red in {"first": 250, "last": 90, "given": 10}.items():
+        file = tmp_path / "rollouts" / "images" / f"{name}.png"
+        Image.new("RGB", (8, 8), (red, 0, 0)).save(file)
+    page = Page(browser, write(tmp_path))
+    page.require_sound()
+    alts = page.run("[...document.querySelectorAll('#shown img')].map((each) => each.alt)")
+    assert alts == [
+        "Round 1 of member 0 for: draw",
+        "Round 2 of member 0 for: draw",
+        "Input image 1 for: draw",
+        "Image of member 0 for: draw",
+    ]
+    width = page.run("document.querySelector('.inputs img').clientWidth")
+    assert width == 150  # not that of the group
+    page.run(
+        "window.reds = [...document.querySelectorAll('#shown img')].map((each) => { const canvas ="
+        " document.createElement('canvas').getContext('2d'); canvas.drawImage(each, 0, 0); return"
+        " canvas.getImageData(0, 0, 1, 1).data[0]; })"
+    )
+    assert page.run("window.reds") == [250, 90, 10, 90]
+    assert page.run("document.querySelector('.members').innerText").count("one\ntwo") == 1
 
 
 def test_paging_filter_and_search(browser: Any, tmp_path: Path) -> None:
@@ -119,8 +224,10 @@ def test_paging_filter_and_search(browser: Any, tmp_path: Path) -> None:
 
 def test_what_a_model_writes_stays_text(browser: Any, tmp_path: Path) -> None:
     member = {"reasoning": ATTACK, "rewards": {ATTACK: 0.5}, "stopped": False, "usable": False}
-    fill(tmp_path, [group(0, prompt=ATTACK, **member)])
-    sample = group(0, prompt=ATTACK, **member) | {"title": "base"}
+    rounds = [{"turn": ATTACK, "reasoning": ATTACK, "image": None}]
+    several = member | {"rounds": rounds, "ended": ATTACK}
+    fill(tmp_path, [group(0, prompt=ATTACK, **each) for each in (member, several)])
+    sample = group(0, prompt=ATTACK, **several) | {"title": "base"}
     fill(tmp_path, [sample], name="samples.jsonl")
     (tmp_path / "config.yaml").write_text(f"# {ATTACK}")
     names = f"epoch,step,reward/{ATTACK},reward/{ATTACK}/failures\n0,0,1.0,0.0\n"
@@ -129,8 +236,9 @@ def test_what_a_model_writes_stays_text(browser: Any, tmp_path: Path) -> None:
     page.require_sound()
     title = page.run("document.title")
     assert title.endswith("run report")
-    for part, times in {"groups": 3, "samples": 2, "config": 1, "numbers": 2, "rewards": 2}.items():
-        # In the groups: prompt, reasoning and reward; among the numbers: the reward and its failures.
+    for part, times in {"groups": 7, "samples": 3, "config": 1, "numbers": 2, "rewards": 2}.items():
+        # In the groups: prompt, reasoning and reward, and where there are rounds the turn; among the
+        # numbers: the reward and its failures.
         assert page.run(f"document.getElementById('{part}').textContent").count(ATTACK) == times
     for text in ("cut at the limit", "not learned from"):
         assert text in page.run("document.getElementById('shown').textContent")

@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightning_unigrpo.callbacks.rounds import strip, transcript
 from lightning_unigrpo.types import Trajectory
 
 
 def sample_grid(rows: Mapping[str, Sequence[Trajectory]], *, width: int = 26) -> Figure:
     """Draw samples row by row, each with its prompt above and its reasoning and reward below.
+
+    Images of several rounds (``Trajectory.rounds``) lie side by side.
 
     Args:
         rows: title of a row ("base", "trained") to its trajectories; rows may differ in length.
@@ -25,7 +28,9 @@ def sample_grid(rows: Mapping[str, Sequence[Trajectory]], *, width: int = 26) ->
     # A box stands for a letter that the font lacks; saying so for each would bury the run's own lines.
     warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
     columns = max(len(samples) for samples in rows.values())
-    figure = Figure(figsize=(2.1 * columns, 2.9 * len(rows)), layout="constrained")
+    widest = max(_count(sample) for samples in rows.values() for sample in samples)
+    size = (2.1 * columns * widest, (2.4 + 0.5 * widest) * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([]), axis.set_yticks([])
@@ -33,20 +38,28 @@ def sample_grid(rows: Mapping[str, Sequence[Trajectory]], *, width: int = 26) ->
     for line, (title, samples) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title, fontsize=11, fontweight="bold")
         for axis, sample in zip(line, samples, strict=False):
-            _draw(axis, sample, width)
+            _draw(axis, sample, width, widest)
     return figure
 
 
-def _draw(axis: object, sample: Trajectory, width: int) -> None:
+def _draw(axis: object, sample: Trajectory, width: int, widest: int) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes)
-    if sample.image is not None:
-        axis.imshow(sample.image.detach().float().cpu().permute(1, 2, 0).numpy(), vmin=0, vmax=1)
-    axis.set_title(_wrap(sample.prompt.text, width), fontsize=7)
-    reasoning = _wrap(sample.completion or "(no reasoning)", width)
+    picture = strip(sample)
+    if picture is not None:
+        axis.imshow(picture.detach().float().cpu().permute(1, 2, 0).numpy(), vmin=0, vmax=1)
+        middle, room = (picture.shape[2] - 1) / 2, widest * picture.shape[2] / _count(sample)
+        axis.set_xlim(middle - room / 2, middle + room / 2)  # images of all samples equally large
+    axis.set_title(_wrap(sample.prompt.text, widest * width), fontsize=7)
+    said = [_wrap(text, widest * width) for text in transcript(sample)]
+    reasoning = "\n".join(filter(None, said)) or "(no reasoning)"
     reward = "" if np.isnan(sample.reward) else f"\nreward {sample.reward:.2f}"
     axis.set_xlabel(reasoning + reward, fontsize=7, family="monospace")
+
+
+def _count(sample: Trajectory) -> int:
+    return len(sample.rounds) or 1
 
 
 def _wrap(text: str, width: int) -> str:

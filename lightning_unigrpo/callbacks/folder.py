@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
+from lightning_unigrpo.callbacks.rounds import strip, transcript, with_rounds
 from lightning_unigrpo.data import FIRST_ID
 from lightning_unigrpo.reward import convert_images
 from lightning_unigrpo.types import Trajectory
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.module import UniGRPOModule
 
 
 class EvaluationFolder(UniGRPOCallback):
     """Write ``<number>/metadata.jsonl`` and ``<number>/samples/<image>.png`` for every prompt of ``test``.
 
-    The metadata are the prompt's record with its ``prompt``; the reasoning of each image stands beside it
-    in ``<image>.txt``, which the benchmark's scorer does not read. Ranks write what they drew.
+    The metadata are the prompt's record with its ``prompt``. Beside each image stand its reasoning, in
+    ``<image>.txt``, and where there are several rounds all their images side by side, in
+    ``<image>-rounds.png``: the benchmark's scorer reads neither. Ranks write what they drew.
 
     Source: https://github.com/djghosh13/geneval, ``generation/diffusers_generate.py``.
 
@@ -45,9 +51,10 @@ class EvaluationFolder(UniGRPOCallback):
         dataloader_idx: int = 0,
     ) -> None:
         experience: Experience = outputs["experience"]
+        adapter = cast("UniGRPOModule", pl_module).adapter
         for trajectory in experience.trajectories:
             if trajectory.image is not None:
-                write_sample(self._path(trainer), trajectory)
+                write_sample(self._path(trainer), with_rounds(adapter, trajectory))
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,7 +66,7 @@ def write_sample(folder: Path, trajectory: Trajectory) -> None:
 
     Args:
         folder: of the evaluation.
-        trajectory: with an image.
+        trajectory: with an image; its ``rounds`` are drawn where there are several.
     """
     prompt = trajectory.prompt
     place = folder / f"{prompt.id - FIRST_ID['test']:05d}"
@@ -69,6 +76,10 @@ def write_sample(folder: Path, trajectory: Trajectory) -> None:
     record = json.dumps({**known, "prompt": prompt.text}, ensure_ascii=False)
     (place / "metadata.jsonl").write_text(record + "\n", encoding="utf-8")
     assert trajectory.image is not None
-    (picture,) = convert_images([trajectory.image], "pil")
-    picture.save(samples / f"{trajectory.member:05d}.png")
-    (samples / f"{trajectory.member:05d}.txt").write_text(trajectory.completion, encoding="utf-8")
+    name = f"{trajectory.member:05d}"
+    pictures: dict[str, Tensor | None] = {name: trajectory.image}
+    if len(trajectory.rounds) > 1:
+        pictures[f"{name}-rounds"] = strip(trajectory)
+    for file, picture in zip(pictures, convert_images([*pictures.values()], "pil"), strict=True):
+        picture.save(samples / f"{file}.png")
+    (samples / f"{name}.txt").write_text("\n".join(transcript(trajectory)), encoding="utf-8")

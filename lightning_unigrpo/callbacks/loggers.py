@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_unigrpo.callbacks.figures import sample_grid
+from lightning_unigrpo.callbacks.rounds import strip, transcript
 from lightning_unigrpo.reward import convert_images
 from lightning_unigrpo.types import Trajectory
 
@@ -16,7 +17,8 @@ def log_samples(logger: Logger, key: str, samples: Sequence[Trajectory], step: i
     """Hand samples to a logger that can take pictures; others are left alone.
 
     TensorBoard gets a figure under Images and a table under Text, Weights & Biases captioned images and a
-    table, MLflow a picture and a table among the run's artifacts.
+    table, MLflow a picture and a table among the run's artifacts. Images of several rounds
+    (``Trajectory.rounds``) lie side by side in one picture.
 
     Args:
         logger: of Lightning.
@@ -48,7 +50,9 @@ def _log_to_mlflow(
 
 
 def _pictures(samples: Sequence[Trajectory]) -> list[Any]:
-    return list(convert_images([s.image for s in samples if s.image is not None], "pil"))
+    return list(
+        convert_images([picture for s in samples if (picture := strip(s)) is not None], "pil")
+    )
 
 
 def _columns(samples: Sequence[Trajectory]) -> dict[str, list[Any]]:
@@ -56,14 +60,14 @@ def _columns(samples: Sequence[Trajectory]) -> dict[str, list[Any]]:
     names = sorted({name for sample in samples for name in sample.rewards})
     return {
         "prompt": [sample.prompt.text for sample in samples],
-        "reasoning": [sample.completion for sample in samples],
+        "reasoning": ["\n".join(transcript(sample)) for sample in samples],
         "reward": [sample.reward for sample in samples],
         **{f"reward/{name}": [s.rewards.get(name) for s in samples] for name in names},
     }
 
 
 def _caption(sample: Trajectory) -> str:
-    return f"{sample.prompt.text}\n{sample.completion}\nreward {sample.reward:.3f}"
+    return "\n".join([sample.prompt.text, *transcript(sample), f"reward {sample.reward:.3f}"])
 
 
 def _markdown(samples: Sequence[Trajectory]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.figures import reward_curve, sample_grid
+from lightning_unigrpo.callbacks.rounds import with_rounds
 from lightning_unigrpo.report import write
 from lightning_unigrpo.types import Trajectory
 
@@ -74,7 +75,9 @@ class RunReport(UniGRPOCallback):
         dataloader_idx: int = 0,
     ) -> None:
         kept = self.samples[self._title]
-        kept += outputs["experience"].trajectories[: self.num_samples - len(kept)]
+        taken = outputs["experience"].trajectories[: self.num_samples - len(kept)]
+        adapter = cast("UniGRPOModule", pl_module).adapter
+        kept += [with_rounds(adapter, trajectory) for trajectory in taken]
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_unigrpo import distributed
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.loggers import log_samples
+from lightning_unigrpo.callbacks.rounds import may_end_early, num_images, with_rounds
 from lightning_unigrpo.types import TextSegment, Trajectory
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 class RewardLogger(UniGRPOCallback):
     """Log every reward, the state of the texts and of the images, and samples.
 
+    Where trajectories may end early, ``image/rounds`` is the mean number of their images.
     A second classifier does not see a collapse; diversity inside a group and the share of saturated
     pixels do, so both are logged beside the rewards. All scalars of a step share one reduction.
 
@@ -47,8 +49,12 @@ class RewardLogger(UniGRPOCallback):
     ) -> None:
         trajectories = experience.trajectories
         sums, counts = reward_sums(experience)
-        sums |= text_sums(trajectories)
-        counts |= dict.fromkeys(text_sums([]), torch.tensor(float(len(trajectories))))
+        each = text_sums(trajectories)
+        if may_end_early(module.sampling):
+            drawn = sum(map(num_images, trajectories))
+            each["image/rounds"] = torch.tensor(float(drawn))
+        sums |= each
+        counts |= dict.fromkeys(each, torch.tensor(float(len(trajectories))))
         pictures = image_sums(trajectories)
         sums |= pictures
         counts |= dict.fromkeys(pictures, torch.tensor(1.0))
@@ -64,12 +70,15 @@ class RewardLogger(UniGRPOCallback):
         }
         experience.metrics |= experience.details | distributed.reduce_named(failures, {})
         if self.images_every and experience.iteration % self.images_every == 0:
-            self._log_images(trainer, trajectories)
+            self._log_images(trainer, module, trajectories)
 
     @rank_zero_only
-    def _log_images(self, trainer: Trainer, trajectories: Sequence[Trajectory]) -> None:
+    def _log_images(
+        self, trainer: Trainer, module: UniGRPOModule, trajectories: Sequence[Trajectory]
+    ) -> None:
         drawn = [t for t in trajectories if t.image is not None][: self.num_images]
-        if drawn:
+        if drawn and trainer.loggers:
+            drawn = [with_rounds(module.adapter, t) for t in drawn]
             for logger in trainer.loggers:
                 log_samples(logger, "samples", drawn, trainer.global_step)
 

@@ -36,6 +36,9 @@ COMMANDS = {
     "test": Command("training", "score the test prompts", True),
     "predict": Command("training", "draw the prompts of data.predict", True),
     "generate": Command("generate", "think and draw prompts given on the command line", True),
+    "chat": Command(
+        "chat", "a dialogue in the terminal: ask, watch it draw, say what to change", True
+    ),
     "export": Command("export", "write a checkpoint as the published model is laid out", True),
     "estimate": Command("estimate", "memory, forwards and traffic, from sizes alone", True),
     "report": Command("report", "make a page about a run from its files"),

@@ -39,11 +39,7 @@ def run(arguments: Sequence[str]) -> Path:
     known, rest = parser.parse_known_args(arguments)
     cli = build(SettingsCLI, rest, run=False, save_config_callback=None)
     writer = writer_of(cli.model.adapter, merge_lora=known.merge_lora == "true")
-    found = find_checkpoint(known.ckpt_path, cli.config.trainer)
-    if found is None:
-        raise ValueError(f"ckpt_path is {known.ckpt_path}, and no checkpoint was written yet.")
-    with as_a_file(find_whole(Path(found)), known.output) as file:
-        load(cli.model, file)
+    load_checkpoint(cli, known.ckpt_path, known.output)
     writer(known.output)
     Console().print(str(known.output), highlight=False, soft_wrap=True)
     return Path(known.output)
@@ -65,6 +61,24 @@ def writer_of(adapter: Any, *, merge_lora: bool) -> Callable[[Path], None]:
             f"merge_lora is false, and {name} was trained without LoRA (model.adapter.lora): leave it out."
         )
     return partial(save_lora, adapter.net, adapter.lora)
+
+
+def load_checkpoint(cli: SettingsCLI, asked: str, output: Path) -> None:
+    """Read the weights that a command line asks for.
+
+    Args:
+        cli: that was built; its model gets them.
+        asked: as :func:`~lightning_unigrpo.cli.training.find_checkpoint` takes it.
+        output: beside it a folder of parts is put together.
+
+    Raises:
+        ValueError: when there is no such checkpoint, or it does not fit.
+    """
+    found = find_checkpoint(asked, cli.config.trainer)
+    if found is None:
+        raise ValueError(f"ckpt_path is {asked}, and no checkpoint was written yet.")
+    with as_a_file(find_whole(Path(found)), output) as file:
+        load(cli.model, file)
 
 
 @contextmanager

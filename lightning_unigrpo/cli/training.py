@@ -206,11 +206,18 @@ def build(cli: type[CLI], args: ArgsType = None, **settings: Any) -> CLI:
     )
 
 
-def run(args: ArgsType = None) -> UniGRPOCLI:
-    """Run the command line and return what it built; ``args`` as in ``sys.argv[1:]``."""
+def run(args: ArgsType = None, cli: type[UniGRPOCLI] = UniGRPOCLI, **settings: Any) -> UniGRPOCLI:
+    """Run the command line and return what it built.
+
+    Args:
+        args: as in ``sys.argv[1:]``.
+        cli: the class.
+        settings: of the class, beside those of all.
+    """
     return build(
-        UniGRPOCLI,
+        cli,
         args,
         save_config_callback=SaveRun,
         save_config_kwargs={"overwrite": True},
+        **settings,
     )

@@ -5,7 +5,9 @@ const perPage = Math.max(1, Math.floor(48 / largest));
 const [search, iteration, previous, next, position, shown] =
   ["search", "iteration", "previous", "next", "position", "shown"].map((id) => document.getElementById(id));
 for (const group of groups) {
-  group.words = [group.prompt, ...group.members.map((member) => member.reasoning)].join("\n").toLowerCase();
+  const said = group.members.flatMap((member) =>
+    [member.reasoning, ...member.rounds.flatMap((round) => [round.turn ?? "", round.reasoning])]);
+  group.words = [group.prompt, ...said].join("\n").toLowerCase();
 }
 for (const each of new Set(groups.map((group) => group.iteration))) iteration.add(new Option(each, each));
 let found = groups;
@@ -26,44 +28,70 @@ function image(source, alt) {
   return made;
 }
 
-function picture(member, group) {
-  if (!member.image) return element("div", "noimage", member.drawn ? "image missing" : "no image");
-  return image(member.image, `Image of member ${member.member} for: ${group.prompt}`);
+function picture(drawn, alt) {
+  if (!drawn.image) return element("div", "noimage", drawn.drawn ? "image missing" : "no image");
+  return image(drawn.image, alt);
 }
 
-function earlier(member) {
-  const made = element("div", "earlier");
-  member.earlier.forEach((source, i) => {
-    if (source) made.append(image(source, `Round ${i + 1} of member ${member.member}`));
-  });
-  return made;
+function fact(name, value, className) {
+  return element("div", "", element("dt", "", name), element("dd", className, value));
+}
+
+function advantage(value) {
+  return fact("advantage", value ?? "–", value?.startsWith("-") ? "minus" : "plus");
 }
 
 function facts(member) {
   const made = element("dl");
   const components = Object.entries(member.rewards);
   // Even with a single component: the combined one also holds the penalty on truncated reasoning.
-  for (const [name, value] of [...components, ["reward", member.reward]]) {
-    made.append(element("div", "", element("dt", "", name), element("dd", "", value)));
-  }
-  const sign = member.advantage?.startsWith("-") ? "minus" : "plus";
-  made.append(element("div", "", element("dt", "", "advantage"), element("dd", sign, member.advantage ?? "–")));
+  for (const [name, value] of [...components, ["reward", member.reward]]) made.append(fact(name, value));
+  // Rounds that learn from advantages of their own show them.
+  if (!member.rounds.some((round) => round.advantage)) made.append(advantage(member.advantage));
+  return made;
+}
+
+function words(className, ...children) {
+  const made = element("div", className, ...children);
+  made.tabIndex = 0;  // long ones scroll
+  return made;
+}
+
+function round(each, number, member, group) {
+  const made = element("section", "round", element("h4", "", `Round ${number}`));
+  if (each.turn !== null) made.append(words("turn", element("span", "soft", "user "), each.turn));
+  if (each.reasoning) made.append(words("reasoning", each.reasoning));
+  if (each.drawn) made.append(picture(each, `Round ${number} of member ${member.member} for: ${group.prompt}`));
+  const known = element("dl");
+  if (each.reward !== null) known.append(fact("reward", each.reward));
+  if (each.advantage !== null) known.append(advantage(each.advantage));
+  if (known.children.length) made.append(known);
   return made;
 }
 
 function card(member, group) {
-  const made = element("li", "", picture(member, group), facts(member));
-  if (member.earlier.length) made.prepend(earlier(member));
+  const made = element("li");
+  if (member.rounds.length) made.append(...member.rounds.map((each, i) => round(each, i + 1, member, group)));
+  else made.append(picture(member, `Image of member ${member.member} for: ${group.prompt}`));
+  made.append(facts(member));
+  if (member.ended) made.append(element("div", "soft", member.ended));
   if (!member.stopped) made.append(element("div", "tag", "cut at the limit"));
   if (!member.usable) made.append(element("div", "tag", "not learned from"));
-  const reasoning = element("div", "reasoning", member.reasoning || "(no reasoning)");
-  reasoning.tabIndex = 0;
-  made.append(reasoning);
+  if (!member.rounds.length) made.append(words("reasoning", member.reasoning || "(no reasoning)"));
+  return made;
+}
+
+function inputs(group) {
+  const made = element("div", "inputs");
+  group.inputs.forEach((source, i) => {
+    made.append(picture({ image: source, drawn: true }, `Input image ${i + 1} for: ${group.prompt}`));
+  });
   return made;
 }
 
 function article(group) {
   const made = element("article", "group", element("h3", "", `Iteration ${group.iteration}`), element("p", "", group.prompt));
+  if (group.inputs.length) made.append(inputs(group));
   if (group.members.length < group.size) {
     made.append(element("p", "soft", `${group.members.length} of ${group.size} members: the others were drawn on other ranks.`));
   }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_unigrpo.report.charts import Chart, lines
-from lightning_unigrpo.report.read import Group, Run, Series
+from lightning_unigrpo.report.read import Run, Series
+from lightning_unigrpo.report.rollouts import Group
 
 
 class Panel(NamedTuple):
@@ -160,11 +162,34 @@ def rewards(run: Run) -> list[Chart]:
         Panel(f"Reward: {name}", "", (f"reward/{name}", f"val/reward/{name}"))
         for name in components(metrics)
     ]
+    panels += [
+        Panel(
+            f"{kind} by round",
+            "Combined, of each round's image; who ended early counts with what was drawn. Later ones should "
+            "lie above earlier ones: else a round costs time and brings nothing.",
+            by_round(metrics, prefix),
+        )
+        for kind, prefix in (("Reward", ""), ("Validation", "val/"))
+    ]
+    panels.append(
+        Panel(
+            "Images of a trajectory",
+            "Mean. It falls where the policy, or the user, is content earlier; one that falls while the "
+            "reward does not rise says that the policy stops for no good reason.",
+            ("image/rounds",),
+        )
+    )
     known = {name for panel in panels for name in panel.names} | {"val/reward/std"}
     tasks = [n for n in metrics if n.startswith("val/reward/") and n.count("/") == 2]
     tasks = [name for name in tasks if name not in known]
     panels.append(Panel("Validation by task", "Of the combined reward.", tuple(tasks)))
     return draw(run, panels)
+
+
+def by_round(metrics: Mapping[str, Series], prefix: str) -> tuple[str, ...]:
+    """Return the names of the rewards of each round, in their order, where there are several."""
+    found = [name for name in metrics if re.fullmatch(rf"{prefix}reward/round_\d+", name)]
+    return tuple(sorted(found, key=lambda name: int(name.rpartition("_")[2])))
 
 
 def components(metrics: Mapping[str, Series]) -> list[str]:

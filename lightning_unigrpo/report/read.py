@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from lightning_unigrpo.report.rollouts import Group, read_groups
+
 Series: TypeAlias = dict[int, float]
 """Iteration to value, ascending. Training values stand at the iteration that logged them, from 0 on;
 those of validation and test at the number of iterations made before."""
@@ -22,44 +24,6 @@ TABLE, EVENTS, SUMMARY = "metrics.csv", "events.out.tfevents.*", "report.json"
 GROUPS, SAMPLES = Path("rollouts", "groups.jsonl"), Path("rollouts", "samples.jsonl")
 NO_METRICS = {"epoch", "step", "hp_metric"}
 """What loggers write beside metrics."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One rollout of a group."""
-
-    member: int
-    reasoning: str
-    rewards: Mapping[str, float | None]
-    """By name; ``None`` = not scorable."""
-    reward: float | None
-    """Combined."""
-    advantage: float | None
-    stopped: bool
-    usable: bool
-    image: Path | None
-    """The last one that it drew."""
-    earlier: tuple[Path, ...] = ()
-    """Those of its rounds before, where they were recorded."""
-
-    @property
-    def images(self) -> tuple[Path, ...]:
-        """All of them, in the order of drawing."""
-        return (*self.earlier, *([self.image] if self.image is not None else []))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """What was drawn for one prompt at one time."""
-
-    title: str
-    """``train``, or ``base`` and ``trained`` of test prompts."""
-    iteration: int
-    prompt: str
-    prompt_id: int
-    size: int
-    """Members drawn on all ranks; those recorded may be fewer."""
-    members: tuple[Member, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +117,8 @@ def read_run(folder: Path) -> Run:
         if name not in metrics and summary.get(key):  # a run without a logger
             metrics[name] = dict(summary[key])
             source = source or SUMMARY
-    groups, lost = read_groups(folder / GROUPS)
-    samples, lost_too = read_groups(folder / SAMPLES)
+    groups, lost = _read_groups(folder / GROUPS)
+    samples, lost_too = _read_groups(folder / SAMPLES)
     text = _read_text(folder / "config.yaml")
     return Run(
         folder=folder,
@@ -250,49 +214,8 @@ def _tests(points: list[Point]) -> dict[str, dict[str, float]]:
     return found
 
 
-def read_groups(path: Path) -> tuple[list[Group], int]:
-    """Read recorded groups, and how many lines were none.
-
-    Args:
-        path: of a file that ``RolloutRecorder`` wrote; it may be missing.
-    """
-    lines = _read_text(path).splitlines()
-    found = [group for line in lines if (group := _group(line, path.parent / "images"))]
-    return found, len(lines) - len(found)
-
-
-def _group(line: str, images: Path) -> Group | None:
-    try:
-        record = json.loads(line)
-        return Group(
-            title=str(record["title"]),
-            iteration=int(record["iteration"]),
-            prompt=str(record["prompt"]),
-            prompt_id=int(record["prompt_id"]),
-            size=int(record["size"]),
-            members=tuple(_member(each, images) for each in record["members"]),
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _member(record: dict[str, Any], images: Path) -> Member:
-    return Member(
-        member=int(record["member"]),
-        reasoning=str(record["reasoning"]),
-        rewards={str(name): _number(value) for name, value in dict(record["rewards"]).items()},
-        reward=_number(record["reward"]),
-        advantage=_number(record["advantage"]),
-        stopped=bool(record["stopped"]),
-        usable=bool(record["usable"]),
-        # The name alone: a line that was tampered with leads nowhere else.
-        image=images / Path(record["image"]).name if record["image"] else None,
-        earlier=tuple(images / Path(name).name for name in record.get("earlier", ())),
-    )
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _read_groups(path: Path) -> tuple[list[Group], int]:
+    return read_groups(_read_text(path).splitlines(), path.parent / "images")
 
 
 def _read_text(path: Path) -> str:
