@@ -227,7 +227,7 @@ def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
     dialogue = small(plan=DIALOGUE, max_turn_tokens=2)
     with pytest.raises(ValueError, match=r"nobody says its turns: give model\.turns"):
         UniGRPOModule(ToyFlow(), sampling=dialogue)
-    with pytest.raises(TypeError, match=r"Mute has no turn\(text, behind\)"):
+    with pytest.raises(ValueError, match=r"Mute has no turn\(text, behind\)"):
         UniGRPOModule(Mute(), sampling=dialogue, turns=["a"])
     with pytest.raises(ValueError, match=r"model\.turns is \[\]"):
         UniGRPOModule(ToyFlow(), sampling=dialogue, turns=[])
