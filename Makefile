@@ -10,7 +10,7 @@ demo:  ## train the built-in digits model on the CPU
 lint:  ## format, lint, types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy -n 2
 
 check: lint  ## what every commit passes: lint, fast tests, doctests, import direction
 	$(PYTHON) -m pytest

@@ -31,3 +31,10 @@ def golden() -> Callable[[str], Path]:
 def generator() -> torch.Generator:
     """Give a generator of its own to each test, so that their order does not matter."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End runs without their page, which takes longer than a small run; others look at it."""
+    for module in ("cli.training", "callbacks.report"):
+        monkeypatch.setattr(f"lightning_unigrpo.{module}.write_page", lambda folder: None)

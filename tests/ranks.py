@@ -1,22 +1,32 @@
 """Start the ranks of one process group on this machine, over gloo, as torchrun would.
 
 A test names a function ``module:name``; every rank calls it with a folder and words, and writes what the test
-will compare into that folder: ``python -m tests.ranks module:name FOLDER WORD ...``.
+will compare into that folder.
+
+The imports of a rank take longer than most of what it does. So each is forked from a server that has imported
+them and done nothing else: one server for each rank, because ranks that torchrun starts share no hash seed.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import importlib
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -31,9 +41,54 @@ from torch.distributed.fsdp.api import FullOptimStateDictConfig
 from torch.distributed.fsdp.wrap import enable_wrap
 
 ROOT = Path(__file__).parent.parent
+PRELOADED = ("tests.rank_cases", "tests.resume_cases")
+"""Modules that most ranks import."""
 
 
 # ---- in the test
+
+
+@functools.cache
+def server(rank: int) -> Connection:
+    """Start what forks a rank, once for this process; returns the connection to :func:`serve`."""
+    here, there = multiprocessing.Pipe()
+    code = f"from tests.ranks import serve; serve({there.fileno()})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        pass_fds=[there.fileno()],
+    )
+    there.close()
+    atexit.register(process.wait)
+    atexit.register(here.close)  # the last to be registered is the first to be called
+    return here
+
+
+class Rank:
+    """One process, with as much of the interface of :class:`subprocess.Popen` as is needed."""
+
+    returncode: int | None = None
+
+    def __init__(self, orders: Connection, *order: Any) -> None:
+        self.orders = orders
+        orders.send(order)
+        self.pid: int = orders.recv()
+
+    def poll(self) -> int | None:
+        """Return the exit code; ``None`` = still running."""
+        if self.returncode is None:
+            self.orders.send(self.pid)
+            self.returncode = self.orders.recv()
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit code; raises :class:`subprocess.TimeoutExpired`."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout)
+            time.sleep(0.02)
+        return code
 
 
 class Ranks:
@@ -64,20 +119,20 @@ class Ranks:
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        command = [sys.executable, "-m", "tests.ranks", target, str(folder), *words]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        env=common | place,
-                        cwd=folder,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+        servers = [server(rank) for rank in range(world_size)]  # which begin their imports together
+        for orders in servers:
+            orders.send(None)
+            orders.recv()  # a rank waits for the others 20 s and less: they begin together, too
+        self.processes = [
+            Rank(
+                orders,
+                target,
+                (str(folder), *words),
+                common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                log,
+            )
+            for rank, (orders, log) in enumerate(zip(servers, self.logs, strict=True))
+        ]
 
     def wait(self, timeout: float = 180) -> list[int]:
         """Return the exit codes; ranks that are not done in time are ended and the test fails."""
@@ -92,8 +147,8 @@ class Ranks:
         """End some ranks at once, or all."""
         for rank in ranks or range(len(self.processes)):
             if self.processes[rank].poll() is None:
-                self.processes[rank].send_signal(signal.SIGKILL)
-                self.processes[rank].wait()
+                os.kill(self.processes[rank].pid, signal.SIGKILL)
+                self.processes[rank].wait(60)
 
     def output(self, lines: int = 25) -> str:
         """Return the end of what each rank said."""
@@ -186,9 +241,55 @@ def trainer_of(name: str, steps: int, *callbacks: Any, **settings: Any) -> Train
     return Trainer(**(defaults | settings))
 
 
-def main() -> None:
-    """Call the function that the command line names."""
-    target, folder, *words = sys.argv[1:]
+def serve(handle: int) -> None:
+    """Fork a rank for each order, and tell its exit code when asked: until then its id is not used again.
+
+    Args:
+        handle: file descriptor of the connection to the test.
+    """
+    orders = Connection(handle)
+    ranks: dict[int | None, multiprocessing.Process] = {}
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # else each fork would copy what its collector looks at
+    while True:
+        try:
+            order = orders.recv()
+        except EOFError:  # the test has ended, and asks for nobody any more
+            for rank in ranks.values():
+                rank.kill()
+            return
+        if order is None:  # asked whether all is imported
+            orders.send(None)
+        elif isinstance(order, int):
+            orders.send(ranks[order].exitcode)
+        else:
+            rank = multiprocessing.get_context("fork").Process(target=become, args=(orders, *order))
+            rank.start()
+            ranks[rank.pid] = rank
+            orders.send(rank.pid)
+
+
+def become(
+    orders: Connection, target: str, words: Sequence[str], environment: dict[str, str], log: Path
+) -> None:
+    """Turn a fork of the server into a rank, and do its work."""
+    orders.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(words[0])
+    with log.open("w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    if torch.cuda.is_available():  # forks of a process that looked at GPUs cannot use them
+        code = "import sys; from tests.ranks import work; work(*sys.argv[1:])"
+        os.execv(sys.executable, [sys.executable, "-c", code, target, *words])
+    torch.seed(), np.random.seed()  # noqa: NPY002  # as in new processes, whose global generators differ
+    work(target, *words)
+
+
+def work(target: str, folder: str, *words: str) -> None:
+    """Call a function, ``module:name``, on this rank."""
     torch.set_num_threads(1)
     let_fsdp_run_on_cpus()
     module, _, name = target.partition(":")
@@ -197,7 +298,3 @@ def main() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

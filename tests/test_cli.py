@@ -59,32 +59,41 @@ def version(number: int) -> Path:
     return Path("runs/digits") / f"version_{number}"
 
 
-def test_fit_reports_and_its_config_reproduces_it(folder: Path) -> None:
-    run(fit())
-    first = version(0)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of a run in one go, which others are compared with."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "p.jsonl").write_text(PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run(fit())
+    return place / version(0)
+
+
+def test_fit_reports_and_its_config_reproduces_it(whole: Path, folder: Path) -> None:
     for name in ("report.json", "reward_curve.png", "samples.png", "checkpoints/last.ckpt"):
-        assert (first / name).stat().st_size > 0
-    report = json.loads((first / "report.json").read_text())
+        assert (whole / name).stat().st_size > 0
+    report = json.loads((whole / "report.json").read_text())
     assert set(report["test"]) == {"base", "trained"}
     assert len(report["train"]) == 4
     assert [iteration for iteration, _ in report["held_out"]] == [2, 4]
-    run(["fit", "--config", str(first / "config.yaml")])
-    assert metrics(first) == metrics(version(1))
+    run(["fit", "--config", str(whole / "config.yaml")])
+    assert metrics(whole) == metrics(version(0))
 
 
-def test_resume_goes_on_to_the_same_numbers(folder: Path) -> None:
+@pytest.mark.usefixtures("without_page")
+def test_resume_goes_on_to_the_same_numbers(whole: Path, folder: Path) -> None:
     """The same line starts a run and goes on with it, as after a restart by a scheduler."""
-    run(fit())
     saved = [f"--trainer.default_root_dir={folder}/mine", "--ckpt_path=last"]
     logger = "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: mine, name: null}}"
     run(fit(*saved, logger, steps=2))
     run(fit(*saved, logger))
-    whole = metrics(version(0))
     part, rest = (metrics(Path("mine") / f"version_{number}") for number in (0, 1))
-    assert part | rest == whole
+    assert part | rest == metrics(whole)
     assert set(rest) == {2.0, 3.0}
 
 
+@pytest.mark.usefixtures("without_page")
 def test_a_folder_of_runs_stands_for_its_newest_checkpoint(folder: Path) -> None:
     run(fit(steps=1))
     cli = run(["predict", "--config", CONFIG, "--data.predict=draw one", "--ckpt_path=runs"])
@@ -94,9 +103,8 @@ def test_a_folder_of_runs_stands_for_its_newest_checkpoint(folder: Path) -> None
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_loses_nothing(folder: Path, times: int) -> None:
+def test_ctrl_c_loses_nothing(whole: Path, folder: Path, times: int) -> None:
     """Once: the iteration is finished and saved. Twice: the last checkpoint holds the one before."""
-    run(fit())
     press = [
         "--trainer.callbacks+=tests.interrupts.PressCtrlC",
         "--trainer.callbacks.iteration=1",
@@ -110,13 +118,13 @@ def test_ctrl_c_loses_nothing(folder: Path, times: int) -> None:
     else:
         with pytest.raises(SystemExit):  # Lightning leaves with code 1 after a KeyboardInterrupt
             run(fit(*press))
-    assert not (version(1) / "report.json").exists()
-    assert (version(1) / "report.html").exists() == (times == 1)
+    assert not (version(0) / "report.json").exists()
+    assert (version(0) / "report.html").exists() == (times == 1)
     saved = torch.load("kept/last.ckpt", weights_only=False)
     assert saved["iteration"] == (2 if times == 1 else 1)
     run(fit("--ckpt_path=kept/last.ckpt"))
-    whole, rest = metrics(version(0)), metrics(version(2))
-    assert rest == {k: v for k, v in whole.items() if k >= saved["iteration"]}
+    expected, rest = metrics(whole), metrics(version(1))
+    assert rest == {k: v for k, v in expected.items() if k >= saved["iteration"]}
 
 
 def test_predict_writes_pictures_and_reasoning(folder: Path) -> None:

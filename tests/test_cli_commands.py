@@ -240,6 +240,7 @@ def test_generate_wants_prompts_first(
     assert "put them first" in text
 
 
+@pytest.mark.usefixtures("without_page")
 def test_export_writes_the_weights_of_the_checkpoint(folder: Path) -> None:
     run(fit(steps=1))
     kept = json.loads((version(0) / "environment.json").read_text())

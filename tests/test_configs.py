@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -16,8 +17,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_unigrpo import PromptDataModule, UniGRPOModule
+from lightning_unigrpo.cli import training
 from lightning_unigrpo.cli.estimate import run as run_estimate
-from lightning_unigrpo.cli.training import UniGRPOCLI, run
+from lightning_unigrpo.cli.training import UniGRPOCLI
 from lightning_unigrpo.estimate import Estimate
 from tests import ranks
 
@@ -196,7 +198,8 @@ def fit(folder: Path, overlay: str, *more: str) -> None:
     small = folder / "small.yaml"
     files = [CONFIGS / "digits.yaml", *([named(overlay)] if overlay else []), small]
     devices = f"--trainer.devices={os.environ['WORLD_SIZE']}"
-    run(["fit", *(f"--config={file}" for file in files), devices, *more])
+    with mock.patch.object(training, "write_page"):  # which takes longer than the run
+        training.run(["fit", *(f"--config={file}" for file in files), devices, *more])
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:

@@ -173,10 +173,11 @@ def test_every_command_is_taken(
 # Of Lightning: the demo's checkpoint knows callbacks that another configuration does not name.
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 @pytest.mark.slow
-def test_the_commands_of_the_digits_run(here: Path) -> None:
+def test_the_commands_of_the_digits_run(here: Path, request: pytest.FixtureRequest) -> None:
     """In the order of the pages, after the demo, whose folder they speak of."""
     main(["fit", "--config", "configs/digits.yaml"])
+    assert [*here.glob("runs/digits/version_0/report.html")]
+    request.getfixturevalue("without_page")
     for words in dict.fromkeys(tuple(line.words[1:]) for line in DIGITS):
         main(words)
     assert (here / "exported" / "model.safetensors").is_file()
-    assert [*here.glob("runs/digits/version_*/report.html")]

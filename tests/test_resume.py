@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -555,21 +555,14 @@ def test_a_file_of_one_process_goes_on_in_two(layout: str, halves: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FOLDERS)
 def test_parts_become_a_file_that_draws_the_same_images(
-    layout: str, halves: Path, tmp_path: Path
+    layout: str, halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert layout not in DRAWS
     file = tmp_path / "whole.ckpt"
     if layout == "fsdp sharded":
-        tool = "lightning.pytorch.utilities.consolidate_checkpoint"
-        command = [
-            sys.executable,
-            "-m",
-            tool,
-            str(halves / layout / LAST),
-            "--output_file",
-            str(file),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        words = [str(halves / layout / LAST), "--output_file", str(file)]
+        monkeypatch.setattr(sys, "argv", ["consolidate_checkpoint", *words])
+        runpy.run_module("lightning.pytorch.utilities.consolidate_checkpoint", run_name="__main__")
     else:
         consolidate(halves / layout / LAST, file)
     predict(tmp_path, "single", "predict", file)

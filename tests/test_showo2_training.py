@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_unigrpo import UniGRPOModule
@@ -17,6 +15,7 @@ from lightning_unigrpo.adapters.showo2 import ShowO2Adapter, load_showo2
 from lightning_unigrpo.adapters.showo2.checkpoint import EMBEDDING, HEAD
 from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.guard import OnPolicyError
+from tests import ranks
 from tests.published import SENTENCES
 from tests.published_showo2 import weights, write_checkpoint
 from tests.test_showo2 import load, outputs
@@ -68,20 +67,16 @@ def fit(*extra: str) -> UniGRPOModule:
     return model
 
 
-LOAD = """
-import sys, torch
-from safetensors.torch import save_file
-from tests.test_showo2 import load, outputs
-found = outputs(load(sys.argv[1], language=None, vae=sys.argv[2]))
-save_file({str(i): x.contiguous() for i, x in enumerate(found)}, sys.argv[3])
-"""
+def write_outputs(folder: Path, saved: str, vae: str) -> None:
+    """What a process that trained nothing computes."""
+    found = outputs(load(Path(saved), language=None, vae=vae))
+    save_file({str(i): x.contiguous() for i, x in enumerate(found)}, folder / "outputs.safetensors")
 
 
 def outputs_of_a_fresh_process(saved: Path, vae: Path) -> list[Tensor]:
-    root, target = Path(__file__).parent.parent, saved / "outputs.safetensors"
-    command = [sys.executable, "-c", LOAD, str(saved), str(vae), str(target)]
-    subprocess.run(command, check=True, cwd=root)
-    found = load_file(target)
+    folder = saved.parent / "fresh"
+    ranks.run("tests.test_showo2_training:write_outputs", 1, folder, str(saved), str(vae))
+    found = load_file(folder / "outputs.safetensors")
     return [found[str(i)] for i in range(len(found))]
 
 
@@ -131,6 +126,7 @@ def test_the_guard_sees_another_policy(
         )
 
 
+@pytest.mark.usefixtures("without_page")
 @pytest.mark.slow
 def test_lora(folder: Path) -> None:
     """Adapters of both stacks train, the base does not; what is saved has them added in."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_unigrpo import UniGRPOModule
@@ -20,6 +18,7 @@ from lightning_unigrpo.cli.estimate import run as run_estimate
 from lightning_unigrpo.cli.training import run
 from lightning_unigrpo.guard import OnPolicyError
 from lightning_unigrpo.types import Prompt, TextSegment, TokenImageSegment, Trajectory
+from tests import ranks
 from tests.published import SENTENCES
 from tests.published_showo import weights, write_checkpoint
 
@@ -101,20 +100,16 @@ def logged(folder: Path, name: str) -> list[float]:
     return [float(row[name]) for row in rows if row.get(name)]
 
 
-LOAD = """
-import sys
-from safetensors.torch import save_file
-from tests.test_showo_training import load, outputs
-found = outputs(load(sys.argv[1], vq=sys.argv[2]))
-save_file({str(i): x.contiguous() for i, x in enumerate(found)}, sys.argv[3])
-"""
+def write_outputs(folder: Path, saved: str, vq: str) -> None:
+    """What a process that trained nothing computes."""
+    found = outputs(load(Path(saved), vq=vq))
+    save_file({str(i): x.contiguous() for i, x in enumerate(found)}, folder / "outputs.safetensors")
 
 
 def outputs_of_a_fresh_process(saved: Path, vq: Path) -> list[Tensor]:
-    root, target = Path(__file__).parent.parent, saved / "outputs.safetensors"
-    command = [sys.executable, "-c", LOAD, str(saved), str(vq), str(target)]
-    subprocess.run(command, check=True, cwd=root)
-    found = load_file(target)
+    folder = saved.parent / "fresh"
+    ranks.run("tests.test_showo_training:write_outputs", 1, folder, str(saved), str(vq))
+    found = load_file(folder / "outputs.safetensors")
     return [found[str(i)] for i in range(len(found))]
 
 
@@ -141,6 +136,7 @@ def test_full_fine_tuning(folder: Path, plan: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("without_page")
 @pytest.mark.slow
 @pytest.mark.parametrize("reveal", ["independent", "confident"])
 def test_the_guard_is_silent_in_float32_and_sees_another_policy(
@@ -158,6 +154,7 @@ def test_the_guard_is_silent_in_float32_and_sees_another_policy(
         fit(*exact)
 
 
+@pytest.mark.usefixtures("without_page")
 @pytest.mark.slow
 def test_lora(folder: Path) -> None:
     """Adapters train, the base does not; what is saved has them added in."""
