@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_unigrpo.adapter import Adapter, Footprint
 from lightning_unigrpo.config import Optim, Sampling, compute_dtype
-from lightning_unigrpo.types import Prompt, TextSegment
+from lightning_unigrpo.types import IMAGE_MARK, Prompt, TextSegment
 
 GIB = 1 << 30
 
@@ -80,16 +80,19 @@ def largest_footprint(
         NotImplementedError: when the adapter has none.
     """
     longest, bare = 0, {}
+    nothing = _num_words(adapter, Prompt(text=""))
     for prompt in prompts:
         # Without pixels: to encode them is expensive, and those of a whole data set would not fit.
         shapes = tuple(pixels.shape for pixels in prompt.images)
         images = tuple(torch.empty(shape, device="meta") for shape in shapes)
-        bare[prompt.size, shapes] = Prompt(text="", size=prompt.size, images=images)
-        longest = max(longest, _num_words(adapter, replace(prompt, images=())))
+        marks = "".join(IMAGE_MARK for _ in images if IMAGE_MARK in prompt.text)
+        bare[prompt.size, shapes, marks] = Prompt(text=marks, size=prompt.size, images=images)
+        pieces = [replace(prompt, text=words, images=()) for words in prompt.pieces() if words]
+        longest = max(longest, sum(_num_words(adapter, piece) - nothing for piece in pieces))
     found = [
         adapter.footprint(
             sampling,
-            prompt_tokens=longest - _num_words(adapter, Prompt(text="")),
+            prompt_tokens=longest,
             dtype=dtype,
             prompt=prompt,
             evaluate=evaluate,

@@ -23,14 +23,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from lightning_unigrpo.distributed import rank, world_size
-from lightning_unigrpo.types import Defaults, Prompt
+from lightning_unigrpo.types import IMAGE_PATHS, Defaults, Prompt
 
 Split = Literal["train", "val", "test", "predict"]
 FIRST_ID: dict[Split, int] = {"train": 0, "val": 10**9, "test": 2 * 10**9, "predict": 0}
 """Ids key the random draws; those of training, validation and test never meet."""
 SUFFIXES = {".txt", ".jsonl", ".json", ".csv", ".parquet"}
-PATHS = "image_paths"
-"""Column with the files of a prompt's input images, which :class:`PromptDataset` reads when asked."""
 
 
 def read_prompts(
@@ -141,7 +139,7 @@ def _image_paths(columns: dict[str, Any], folder: Path, where: str) -> dict[str,
                 f"{where} names the input image {str(path)!r}, which is not a file; rename the column if "
                 "it holds something else."
             )
-    return {PATHS: [str(path) for path in paths]} if paths else {}
+    return {IMAGE_PATHS: [str(path) for path in paths]} if paths else {}
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -186,7 +184,7 @@ class PromptDataset(Dataset[Prompt | None]):
         if index == NOBODY:
             return None
         prompt = self.prompts[index]
-        paths = prompt.columns.get(PATHS)
+        paths = prompt.columns.get(IMAGE_PATHS)
         if not paths:
             return prompt
         return replace(prompt, images=tuple(load_image(path) for path in paths))

@@ -23,14 +23,28 @@ from lightning_unigrpo.config import Objective, Optim, Sampling
 
 Grid: TypeAlias = tuple[int, int]
 """Latent tokens per column and per row, ``(h, w)``; ``N = h * w``, row-major."""
+IMAGE_MARK = "<image>"
+"""Where an input image stands in the words of a prompt."""
+IMAGE_PATHS = "image_paths"
+"""Column with the files of a prompt's input images, where a data set reads them when it is asked."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Prompt:
-    """What the user asked for. Not frozen, because Lightning moves its images to the device."""
+    """What the user asked for. Not frozen, because Lightning moves its images to the device.
+
+    Raises:
+        ValueError: when ``text`` says where images stand, and there are more or fewer of them.
+
+    Example:
+        >>> pixels = torch.zeros(3, 8, 8)
+        >>> Prompt(text="<image> as in <image>, please", images=(pixels, pixels)).pieces()
+        ['', ' as in ', ', please']
+    """
 
     text: str
-    """The request, in words."""
+    """The request, in words. Input images stand where it says ``<image>``, one for each mark and in order;
+    without any mark before it."""
     id: int = 0
     """Position in the data set: it keys every random draw made for this prompt."""
     size: tuple[int, int] | None = None
@@ -39,6 +53,28 @@ class Prompt:
     """Input images, ``[3, H, W]`` float32 in [0, 1]."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the data set; rewards receive them by name."""
+
+    def __post_init__(self) -> None:
+        """Refuse another number of marks than of images."""
+        marks = self.text.count(IMAGE_MARK)
+        images = len(self.images) or len(self.columns.get(IMAGE_PATHS) or ())
+        if marks not in (0, images):
+            raise ValueError(
+                f"Prompt.text {self.text[:80]!r} holds {IMAGE_MARK} {marks} times, but Prompt.images are "
+                f"{images}: give one mark for each image, or none, and they stand before the words."
+            )
+
+    def pieces(self, behind: str = "") -> list[str]:
+        """Return the words between which the input images stand: one piece more than there are images.
+
+        Args:
+            behind: what follows an image that stands before the words, where they do not say its place.
+        """
+        if IMAGE_MARK in self.text:
+            return self.text.split(IMAGE_MARK)
+        if not self.images:
+            return [self.text]
+        return ["", *[behind] * (len(self.images) - 1), behind + self.text]
 
 
 @dataclass(kw_only=True, eq=False)

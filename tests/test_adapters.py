@@ -369,6 +369,28 @@ def untempered_forward(
     return ToyFlow.forward(self, cold, steps)
 
 
+def is_turn(segment: Any) -> bool:
+    return isinstance(segment, TextSegment) and not segment.is_sampled and bool(segment.words)
+
+
+def unclosed_turn(self: Any, segment: Any, steps: slice = slice(None)) -> list[Block]:
+    """The packed pass forgets the mark behind what the user says."""
+    found = ToyFlow.blocks(self, segment, steps)
+    is_packed = steps == slice(None)
+    return [b.first(len(b.words) - 1) for b in found] if is_packed and is_turn(segment) else found
+
+
+def turns_first(
+    self: Any, trajectories: Sequence[Trajectory], steps: slice = slice(None)
+) -> Scores:
+    """All that is given stands before all that is drawn, as if there were one round."""
+    moved = [
+        replace(t, segments=sorted(t.segments, key=lambda segment: segment.is_sampled))
+        for t in trajectories
+    ]
+    return ToyFlow.forward(self, moved, steps)
+
+
 def never_closed(self: Any, cache: Any, segments: Sequence[Any]) -> None:
     cache.open = torch.zeros_like(cache.open)
     type(self).__mro__[1].extend(self, cache, segments)
@@ -470,6 +492,9 @@ FAULTS: list[tuple[str, Callable[[], Any]]] = [
     ("rollouts_run", changed(ToyFlow, decode=lambda s, x, grid: x / 0)),
     ("scores_shapes", changed(ToyFlow, forward=double_forward)),
     ("text_log_probs", changed(ToyFlow, forward=untempered_forward)),
+    ("text_log_probs", changed(ToyFlow, blocks=unclosed_turn)),
+    ("causality", changed(ToyFlow, forward=turns_first)),
+    ("later_rounds", changed(ToyFlow, forward=turns_first)),
     ("image_log_probs", changed(ToyTokens, next_image_logits=shifted_code)),
     ("image_log_probs", changed(ToyMasked, image_blocks=unrevealed_blocks)),
     ("masked_where", changed(ToyMasked, masked_logits=by_columns)),

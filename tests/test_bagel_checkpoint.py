@@ -330,6 +330,7 @@ def test_contract(folder: Path, kind: str, rounds: int) -> None:
     if kind == "edit":
         for prompt, images in zip(prompts, ([pictures[0]], pictures, [pictures[1]]), strict=True):
             prompt.images = tuple(images)
+        prompts[1].text = "three <image> apples on a <image> table"
     adapter = load(folder, system_prompt="think about the layout", default_size=(32, 48))
     check_adapter(adapter, prompts=prompts, rounds=[rounds])
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_unigrpo import rollout as drawing
 from lightning_unigrpo.adapter import token_log_probs
 from lightning_unigrpo.adapters.bagel import BagelAdapter, BagelConfig
 from lightning_unigrpo.adapters.bagel import adapter as contract
@@ -524,6 +526,112 @@ def test_reflection(adapter: BagelAdapter) -> None:
     assert cache.lengths.tolist() == CASES["k_reflect/cache_len"].tolist()
     close(cache.keys[-1][0, : int(cache.lengths)], "k_reflect/key_cache_last")
     velocity_of(adapter, whole, "k_reflect/v", CASES["h_edit/x_t"], grid_of("edit"))
+
+
+class Played:
+    """Sets what a rollout draws: the words of its texts, and x at the noise level of the golden velocities.
+
+    Args:
+        adapter: what it says at that level is noted, with the cache it was asked of.
+        texts: names of the sampled texts in order.
+        patch: undoes it.
+    """
+
+    def __init__(
+        self, adapter: BagelAdapter, patch: pytest.MonkeyPatch, texts: Sequence[str] = ()
+    ) -> None:
+        words = ([*CASES[f"in/{name}"].tolist(), adapter.stop_token] for name in texts)
+        self.adapter, self.words = adapter, itertools.chain.from_iterable(words)
+        self.logits: list[Tensor] = []
+        self.velocities: list[Tensor] = []
+        self.caches: list[Any] = []
+        for name in ("velocity", "guided_velocity"):
+            patch.setattr(adapter, name, self.led(getattr(adapter, name)))
+        patch.setattr(drawing, "draw_tokens", self.draw)
+
+    def draw(self, logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """Draw the next of the words."""
+        self.logits.append(logits[0])
+        token = torch.tensor([next(self.words)])
+        return token, token_log_probs(logits, token)[0]
+
+    def led(self, velocity: Any) -> Any:
+        """Let the step from pure noise end at the golden state."""
+
+        def found(cache: Any, *rest: Any, **settings: Any) -> Tensor:
+            *_, x, sigma, _ = rest
+            level = INFO["t_for_e_h_k"]
+            if sigma[0] > level:
+                return (x - CASES["h_edit/x_t"]) / (sigma[0] - level)
+            self.caches.append(cache)
+            self.velocities.append(velocity(cache, *rest, **settings))
+            return self.velocities[-1]
+
+        return found
+
+    def run(self, prompt: Prompt, plan: Sequence[Any], **settings: Any) -> Trajectory:
+        """Draw one trajectory through the noise levels 1, that of the state, and 0."""
+        sampling = Sampling(plan=tuple(plan), eval_num_timesteps=3, **settings)
+        words = [spelled("prompt_2")]
+        rows = rollout(
+            self.adapter,
+            [Start(prompt, 0, 0)],
+            sampling,
+            evaluate=True,
+            speaker=lambda *_: words,
+        )
+        ((trajectory,),) = rows
+        return trajectory
+
+
+def spelled(name: str) -> str:
+    return " ".join(map(str, CASES[f"in/{name}"].tolist()))
+
+
+@pytest.mark.usefixtures("sizes_as_given")
+@pytest.mark.parametrize("name", ["h_edit/v", "h_edit/v_cfg_text_channel", "h_edit/v_cfg_global"])
+def test_editing_in_a_rollout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group h from a request to the velocity, with and without guidance and a mark where the image stands."""
+    renorm: Any = name.removeprefix("h_edit/v_cfg_")
+    adapter = golden_adapter(
+        guide=Guidance(image_scale=2.0, renorm=renorm) if "cfg" in name else None
+    )
+    words = f"{'<image> ' if 'cfg' in name else ''}{spelled('prompt_B')}"
+    prompt = Prompt(text=words, images=(EDIT,), size=tuple(INFO["sizes"]["edit"]))
+    played = Played(adapter, monkeypatch)
+    played.run(prompt, ["image"], guidance_scale=4.0 if "cfg" in name else 1.0)
+    close(played.velocities[-1][0], name)
+
+
+@pytest.mark.usefixtures("sizes_as_given")
+@pytest.mark.parametrize("third", ["turn", "text"])
+def test_reflection_in_a_rollout(third: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group k as a plan: a text and an image that is looked at, then words of the user or of the policy."""
+    adapter = golden_adapter()
+    monkeypatch.setattr(adapter, "decode", lambda *_: EDIT.unsqueeze(0))
+    played = Played(adapter, monkeypatch, ["prompt_A", "prompt_2"])
+    prompt = Prompt(text=spelled("prompt_sys"), size=tuple(INFO["sizes"]["edit"]))
+    trajectory = played.run(prompt, ["text", "image", third, "image"])
+    close(played.velocities[-1][0], "k_reflect/v")
+    cache = played.caches[-1]
+    assert cache.positions.tolist() == CASES["k_reflect/rope_next"].tolist()
+    assert cache.lengths.tolist() == CASES["k_reflect/cache_len"].tolist()
+    close(cache.keys[-1][0, : int(cache.lengths)], "k_reflect/key_cache_last")
+    # And what learning makes of the recorded segments.
+    *context, image = trajectory.segments
+    state, sigma = CASES["h_edit/x_t"], INFO["t_for_e_h_k"]
+    assert isinstance(image, ImageSegment)
+    image = replace(image, states=torch.stack([state, state]), sigmas=torch.tensor([sigma, 0.0]))
+    with torch.no_grad():
+        scores = adapter([replace(trajectory, segments=[*context, image])])
+    close(scores.velocity[0][0], "k_reflect/v")
+    if third == "text":
+        tokens = [*CASES["in/prompt_2"].tolist(), adapter.stop_token]
+        expected = CASES["k_reflect/logits"][: len(tokens)]
+        found = torch.stack(played.logits[-len(tokens) :])
+        torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
+        log_probs = token_log_probs(expected, torch.tensor(tokens))[0]
+        torch.testing.assert_close(scores.text[-1], log_probs, atol=ATOL, rtol=0)
 
 
 GUIDED: dict[str, tuple[list[str], float, dict[str, Any]]] = {

@@ -71,6 +71,9 @@ def longest(adapter: BagelAdapter, sampling: Sampling) -> Trajectory:
             ids = torch.randint(5, 200, (TOKENS,))
             segments.append(TextSegment(tokens=ids, stopped=False, log_prob=torch.zeros(TOKENS)))
             continue
+        if kind == "turn":
+            segments.append(TextSegment(tokens=torch.randint(10, 200, (sampling.max_turn_tokens,))))
+            continue
         states = torch.randn(sampling.window_size + 1, h * w, adapter.latent_channels)
         segments.append(
             ImageSegment(
@@ -256,6 +259,26 @@ def test_cache(
     dtype = compute_dtype(precision.replace(" ", "-"))
     found = adapter.footprint(settings, prompt_tokens=WORDS, dtype=dtype).cache
     assert adapter.held == 2 * found
+
+
+DIALOGUE = ("text", "image", "turn", "text", "image")
+
+
+@pytest.mark.parametrize("turn", [5, 150], ids=["short", "long"])
+def test_a_dialogue(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a turn of the user: cache to the byte, and activations."""
+    adapter, settings = Counted(), replace(sampling(*DIALOGUE), max_turn_tokens=turn)
+    starts = [Start(Prompt(text=" ".join(["9"] * WORDS)), 0, member) for member in range(2)]
+    words = [" ".join(["8"] * turn)] * 2
+    list(rollout(adapter, starts, settings, speaker=lambda *_: words))
+    found = adapter.footprint(settings, prompt_tokens=WORDS, dtype=torch.float32)
+    assert adapter.held == 2 * found.cache
+    for limit in (attention.DENSE_LIMIT, 0):
+        monkeypatch.setattr(attention, "DENSE_LIMIT", limit)
+        trajectories = [longest(adapter, settings) for _ in range(3)]
+        three, one = (kept_for_backward(adapter, trajectories[:n]) for n in (3, 1))
+        found = adapter.footprint(settings, prompt_tokens=WORDS, dtype=torch.float32)
+        assert found.activations == pytest.approx((three - one) / 2, rel=0.02)
 
 
 def test_forwards_and_bytes_of_an_iteration(tmp_path: Path) -> None:

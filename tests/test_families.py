@@ -33,7 +33,8 @@ def test_contract(family: str) -> None:
         Prompt(text="what is three plus four", id=0),
         Prompt(text="draw two plus one plus five", id=1),
     ]
-    check_adapter(adapter, prompts=prompts, rounds=[1])
+    # Without a tower the Januses never see what they drew.
+    check_adapter(adapter, prompts=prompts, rounds=[1 if "janus" in family else 2])
 
 
 @pytest.mark.parametrize("family", BUILDS)

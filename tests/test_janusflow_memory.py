@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tests.test_janusflow_golden import Ids
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 WORDS, TOKENS = 12, 40
+DIALOGUE = ("text", "image", "turn", "text", "image")
+WORD = "9 "
 PRECISIONS = ["32-true", "bf16-mixed", "bf16 base"]
 
 
@@ -90,6 +93,9 @@ def longest(adapter: Small, settings: Sampling) -> Trajectory:
             ids = torch.randint(5, 200, (TOKENS,))
             segments.append(TextSegment(tokens=ids, stopped=False, log_prob=torch.zeros(TOKENS)))
             continue
+        if kind == "turn":
+            segments.append(TextSegment(tokens=torch.randint(10, 200, (settings.max_turn_tokens,))))
+            continue
         states = torch.randn(settings.window_size + 1, h * w, adapter.latent_channels)
         levels = torch.linspace(0.9, 0.3, settings.window_size + 1)
         image = ImageSegment(
@@ -99,7 +105,9 @@ def longest(adapter: Small, settings: Sampling) -> Trajectory:
             sigmas=levels,
             is_context=place < len(settings.plan) - 1,
         )
-        segments.append(adapter.look(image) if image.is_context else image)
+        turn_follows = settings.plan[place + 1 : place + 2] == ("turn",)
+        seen = image.is_context
+        segments.append(adapter.look(image, turn_follows=turn_follows) if seen else image)
     return Trajectory(prompt=prompt(), segments=segments, group=0, member=0)
 
 
@@ -119,12 +127,14 @@ def test_activations(
     """Of each trajectory: the copies of weights that autocast makes are there once."""
     if not dense:
         monkeypatch.setattr(attention, "DENSE_LIMIT", 0)
-    adapter, settings = build(), sampling(*("text", "image") * rounds)
+    # What is shared would be counted once.
+    adapter = build(share_prefixes=False)
+    settings = sampling(*("text", "image") * rounds)
     trajectories = [longest(adapter, settings) for _ in range(4)]
     with precisions(precision, adapter):  # type: ignore[arg-type]
         four, one = (kept_for_backward(adapter, trajectories[:n]) for n in (4, 1))  # type: ignore[arg-type]
     found = counted(adapter, settings, precision).activations
-    assert found == pytest.approx((four - one) / 3, rel=0.04)
+    assert found == pytest.approx((four - one) / 3, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -153,6 +163,24 @@ def test_cache(rounds: int, precision: str, system_prompt: str | None) -> None:
         list(rollout(adapter, [Start(prompt(), 0, member) for member in range(2)], settings))
     found = counted(adapter, settings, precision).cache - 3 * 4 * 320
     assert adapter.held == 2 * found
+
+
+@pytest.mark.parametrize("turn", [5, 150], ids=["short", "long"])
+def test_a_dialogue(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a turn of the user: cache to the byte, and activations."""
+    adapter, settings = build(share_prefixes=False), sampling(*DIALOGUE)
+    said = adapter.turn(WORD * turn, longest(adapter, settings).segments[2])
+    settings = replace(settings, max_turn_tokens=len(said.tokens))
+    starts = [Start(prompt(), 0, member) for member in range(2)]
+    list(rollout(adapter, starts, settings, speaker=lambda *_: [WORD * turn] * 2))
+    found = counted(adapter, settings, "32-true").cache - 3 * 4 * 320
+    assert adapter.held == 2 * found
+    for limit in (attention.DENSE_LIMIT, 0):
+        monkeypatch.setattr(attention, "DENSE_LIMIT", limit)
+        trajectories = [longest(adapter, settings) for _ in range(3)]
+        three, one = (kept_for_backward(adapter, trajectories[:n]) for n in (3, 1))  # type: ignore[arg-type]
+        activations = counted(adapter, settings, "32-true").activations
+        assert activations == pytest.approx((three - one) / 2, rel=0.02)
 
 
 def test_the_shipped_configuration(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,9 +157,12 @@ def test_g_looking(adapter: JanusProAdapter) -> None:
     assert (ids[first - 1], ids[last]) == (MARKS.begin_image, MARKS.end_image)
     with torch.no_grad():
         features = VISION(CASES["g.pixel_values"])[0]
-    image = ImageSegment(
-        latent=torch.zeros(0, 0), grid=(0, 0), is_context=True, views={"features": features}
-    )
+    views = {
+        "before": torch.tensor([MARKS.begin_image]),
+        "features": features,
+        "after": torch.tensor([MARKS.end_image]),
+    }
+    image = ImageSegment(latent=torch.zeros(0, 0), grid=(0, 0), is_context=True, views=views)
     rest = ids[last + 1 :]
     segments: list[Segment] = [text(ids[: first - 1]), image]
     cache = adapter.prefill([segments])
@@ -212,9 +215,9 @@ def test_contract(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rounds", [(1, 2), pytest.param((3,), marks=pytest.mark.slow)], ids=str)
 def test_contract_with_input_images(rounds: tuple[int, ...]) -> None:
-    """In one prompt of two."""
+    """In one prompt of two, between its words."""
     picture = torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0))
-    prompts = [replace(PROMPTS[0], images=(picture,)), PROMPTS[1]]
+    prompts = [replace(PROMPTS[0], text="a <image> cube", images=(picture,)), PROMPTS[1]]
     check_adapter(golden_adapter(), prompts, rounds=rounds)
 
 

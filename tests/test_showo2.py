@@ -116,11 +116,12 @@ def test_contract(folder: Path, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rounds", [(1, 2), pytest.param((3,), marks=pytest.mark.slow)], ids=str)
 def test_contract_of_editing(folder: Path, rounds: tuple[int, ...]) -> None:
-    """Prompts with one input picture, none, and two; a head of its own."""
+    """Prompts with one input picture, none, and two between the words."""
     prompts = [
         replace(p, images=tuple(picture(20, 30) for _ in range(n)))
         for p, n in zip(PROMPTS, (1, 0, 2), strict=True)
     ]
+    prompts[2].text = f"{prompts[2].text} as in <image> and <image>"
     check_adapter(load(folder), prompts=prompts, rounds=rounds)
 
 

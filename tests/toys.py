@@ -247,6 +247,12 @@ class Toy(Adapter):
         ids = [1 + (ord(word[0]) - ord("a")) % len(WORDS) for word in prompt.text.split()]
         return [TextSegment(tokens=torch.tensor(ids, dtype=torch.long, device=self.device))]
 
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return a text like any other."""
+        (found,) = self.tokenize(Prompt(text=text))
+        assert isinstance(found, TextSegment)
+        return found
+
     def detokenize(self, tokens: Tensor) -> str:
         return " ".join(WORDS[i - 1] for i in tokens.tolist() if i != STOP)
 

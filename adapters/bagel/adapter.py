@@ -34,6 +34,7 @@ from lightning_unigrpo.adapters.common.lora import add_lora, lora_off
 from lightning_unigrpo.adapters.common.scores import score_texts
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import (
+    IMAGE_MARK,
     Grid,
     ImageSegment,
     Prompt,
@@ -246,10 +247,15 @@ class BagelAdapter(Adapter):
     # ---- words and pixels
 
     def tokenize(self, prompt: Prompt) -> list[Segment]:
-        """Return system text, input images and request; Bagel has no chat template."""
-        system = [self._words(self.system_prompt)] if self.system_prompt else []
-        images = [self.see(x, key=(prompt.id, n)) for n, x in enumerate(prompt.images)]
-        return [*system, *images, self._words(prompt.text)]
+        """Return system text, and request with input images in their places; Bagel has no chat template."""
+        found: list[Segment] = [self._words(self.system_prompt)] if self.system_prompt else []
+        *between, last = prompt.pieces()
+        for number, (words, pixels) in enumerate(zip(between, prompt.images, strict=True)):
+            found += [self._words(words.strip())] if words.strip() else []
+            found.append(self.see(pixels, key=(prompt.id, number)))
+        if IMAGE_MARK not in prompt.text:
+            return [*found, self._words(last)]
+        return [*found, self._words(last.strip())] if last.strip() else found
 
     def turn(self, text: str, behind: Segment) -> TextSegment:
         """Return what the user says: a block of words like any other."""
@@ -407,7 +413,7 @@ class BagelAdapter(Adapter):
     def _append(self, cache: RowCache, packer: Packer) -> tuple[Tensor, Tensor]:
         """Run new rows against the cache; returns logits, and how many slots each row filled."""
         pack, layout = packer.finish()
-        cache.make_room(layout.rows.shape[1])
+        cache.reserve(layout.rows.shape[1])
         logits, _ = self.net(pack, CachedAttention(cache, layout))
         return logits, layout.valid.sum(1)
 
@@ -580,15 +586,19 @@ class BagelAdapter(Adapter):
             # Without a tokenizer sizes are only estimated: about four letters to a token.
             letters, words = len(self.system_prompt), self.tokenizer
             given += (len(words.encode(self.system_prompt)) if words else letters // 4) + MARKS
+        if IMAGE_MARK in prompt.text:
+            given += len(prompt.images) * MARKS
+        seen = 0
         for pixels in prompt.images:
             tokens, patches = self._seen_rows(*latent_resize(self.config).fit(*pixels.shape[1:]))
-            given += tokens + MARKS + (patches + MARKS if patches else 0)
+            seen += tokens + MARKS + (patches + MARKS if patches else 0)
         side = self.config.pixels_per_token
         tokens, patches = self._seen_rows(*(side * length for length in self.image_grid(prompt)))
         found = footprint(
             self.config,
             sampling,
-            given_rows=given,
+            given_rows=given + seen,
+            seen_rows=seen,
             image_tokens=tokens,
             patches=patches,
             gradient_checkpointing=self.net.gradient_checkpointing,

@@ -7,6 +7,7 @@ import torch
 from lightning_unigrpo.adapter import Footprint
 from lightning_unigrpo.adapters.bagel.config import BagelConfig
 from lightning_unigrpo.adapters.common import attention
+from lightning_unigrpo.adapters.common.footprint import Gathered
 from lightning_unigrpo.config import Sampling
 
 MARKS = 2
@@ -20,6 +21,7 @@ def footprint(
     sampling: Sampling,
     *,
     given_rows: int,
+    seen_rows: int,
     image_tokens: int,
     patches: int,
     gradient_checkpointing: bool,
@@ -35,6 +37,7 @@ def footprint(
         config: sizes.
         sampling: plan, lengths, window.
         given_rows: words and images of the prompt, system prompt and all marks included.
+        seen_rows: of those, rows of images.
         image_tokens: latent tokens of a drawn image.
         patches: what the tower sees of a drawn image that is looked at; 0 without a tower.
         gradient_checkpointing: whether layers are recomputed.
@@ -45,39 +48,42 @@ def footprint(
     # Without autocast products are in the weights' dtype, whatever the trainer is told.
     size, stream = (torch.finfo(each).bits // 8 for each in (dtype, weights))
     size = min(size, stream)
-    image, context = image_tokens + MARKS, given_rows
-    capacity = _rounded(given_rows, grain)
-    blocks = scored = 0
+    image, gathered = image_tokens + MARKS, Gathered()
+    gathered.seen(given_rows - seen_rows)
+    gathered.seen(seen_rows, causal=False)
+    slots, scored = given_rows, 0
     for step in sampling.steps:
-        if step.kind != "image":
-            context += step.max_tokens + MARKS
+        if step.kind == "image":
+            slots = max(slots, gathered.context + image)
+            gathered.hidden(image, copies=sampling.window_size)
+            if step.is_seen:
+                gathered.seen(image, causal=False)
+            if step.is_seen and patches:
+                gathered.seen(patches + MARKS, causal=False)
+        else:
+            gathered.seen(step.max_tokens + MARKS)
             scored += step.max_tokens if step.kind == "text" else 0
-            capacity = max(capacity, _rounded(context, grain))
-            continue
-        capacity = max(capacity, _rounded(context + image, grain))
-        blocks += sampling.window_size
-        if step.is_seen:  # latents, and patches
-            context += image
-            if patches:
-                context += patches + MARKS
-                capacity = _grown(capacity, _rounded(context, grain))
+        slots = max(slots, gathered.context)
+    context, blocks = gathered.context, sampling.num_images * sampling.window_size
     d, ff = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * config.head_dim
-    cache = capacity * config.num_hidden_layers * 2 * kv * size
+    cache = _rounded(slots, grain) * config.num_hidden_layers * 2 * kv * size
     noise = blocks * image
     rows = context + noise
-    keys = rows + blocks * context  # each block of noise gathers what it sees
+    dense = rows * rows <= attention.DENSE_LIMIT
+    # Each block of noise gathers what it sees; without masks every other block does, too.
+    keys = rows + blocks * context if dense else gathered.keys
     norm = _norm(d, size, stream)
     # Two norms; queries and keys before and after theirs; the attention's queries and result, and what
     # its projection reads; four widths of the MLP.
     per_row = 2 * norm + _heads(d + kv, config.head_dim, size, stream) + (3 * d + 4 * ff) * size
-    layer = rows * per_row + keys * 2 * kv * size
+    layer = rows * per_row + keys * 2 * kv * size + (0 if dense else gathered.masks * size)
     kept = layer * config.num_hidden_layers
     if gradient_checkpointing:
         kept = rows * d * stream * config.num_hidden_layers + layer
     kept += (scored + noise) * norm + scored * config.vocab_size * FLOAT32
     kept += rows * 2 * config.head_dim * FLOAT32  # cosines and sines
-    if rows * rows <= attention.DENSE_LIMIT:
+    if dense:
         kept += (context * context + noise * (context + image)) * size  # masks
     return Footprint(cache=cache, activations=kept)
 
@@ -105,11 +111,3 @@ def _heads(width: int, head_dim: int, size: int, stream: int) -> int:
 
 def _rounded(slots: int, grain: int) -> int:
     return -(-slots // grain) * grain
-
-
-def _grown(capacity: int, needed: int) -> int:
-    """Return the most slots of a cache that makes room unreserved: it at least doubles when it grows.
-
-    A shorter context may just not fit where the longest one does, so both are counted.
-    """
-    return max(capacity, needed, 2 * min(capacity, needed - 1))

@@ -46,6 +46,18 @@ def _seen(segment: Segment | None) -> Image | None:
     return segment if isinstance(segment, Image) and segment.is_context else None
 
 
+def goes_on(segment: Segment, end: int) -> bool:
+    """Whether words may go on in the turn that shows a picture: it is seen, its end mark the last row.
+
+    Args:
+        segment: with the ids behind it as a view, ``after``.
+        end: the mark.
+    """
+    image = _seen(segment)
+    after = image.views.get("after") if image is not None else None
+    return after is not None and after.tolist() == [end]
+
+
 class Source(Protocol):
     """A checkpoint that was opened, whose weights are still in their files."""
 
@@ -251,9 +263,8 @@ class DecoderAdapter(Adapter):
         cache.open = cache.open * torch.tensor(kept, dtype=torch.long, device=self.device)
         images = [_seen(segment) for segment in segments]
         behind = [self.behind(image) if image is not None else [] for image in images]
-        if sizes := [n for n, image in zip(advance, images, strict=True) if image is not None]:
-            # At once, or the marks behind would double what is reserved.
-            cache.reserve(max(sizes) + max(map(len, behind)))
+        # At once, and no more than that: room that is made unreserved doubles.
+        cache.reserve(max(advance, default=0) + max(map(len, behind), default=0))
         self._grow(cache, packer, advance)
         packer = self.packer()
         for position, ids in zip(cache.positions.tolist(), behind, strict=True):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 TURN, END = "\n\n", "<｜end▁of▁sentence｜>"
 """What stands behind a message, by turns: of the user, of the assistant."""
+PICTURE = "\x00"
+"""Where a picture stands in a conversation that is still text."""
 
 
 def conversation(turns: Sequence[tuple[str, str | None]], *, system: str = "") -> str:
@@ -32,3 +34,23 @@ def conversation(turns: Sequence[tuple[str, str | None]], *, system: str = "") -
         words = (message or "").strip()
         parts.append(f"{role}: {words}{END if place % 2 else TURN}" if words else f"{role}:")
     return "".join(parts).strip()
+
+
+def picture_turn(text: str, user: str, assistant: str) -> tuple[str, str]:
+    r"""Write a turn in which the user shows a picture, up to the assistant's.
+
+    Args:
+        text: what the user says of it.
+        user: role.
+        assistant: role.
+
+    Returns:
+        What stands before the picture, and behind it.
+
+    Example:
+        >>> picture_turn("Bluer.", "User", "Assistant")
+        ('User: ', '\nBluer.\n\nAssistant:')
+    """
+    words = text.replace(PICTURE, "").strip()
+    before, behind = conversation([(user, f"{PICTURE}\n{words}"), (assistant, None)]).split(PICTURE)
+    return before, behind

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unigrpo.adapter import Footprint
+from lightning_unigrpo.adapters.common.adapter import goes_on
 from lightning_unigrpo.adapters.common.cache import DecoderCache
-from lightning_unigrpo.adapters.common.conversation import conversation
+from lightning_unigrpo.adapters.common.conversation import PICTURE, conversation, picture_turn
 from lightning_unigrpo.adapters.common.flow_adapter import FlowDecoderAdapter
 from lightning_unigrpo.adapters.common.lora import LowRank
 from lightning_unigrpo.adapters.common.pictures import PictureProcessor
@@ -28,13 +29,13 @@ from lightning_unigrpo.types import (
     ImageSegment,
     Prompt,
     Segment,
+    TextSegment,
 )
 
 if TYPE_CHECKING:
     from lightning_unigrpo.adapters.janusflow.vae import JanusFlowVAE
 
-PICTURE = "\x00"
-"""Where a picture stands in a conversation that is still text."""
+USER, ASSISTANT = "User", "Assistant"
 VAE = "stabilityai/sdxl-vae"
 
 
@@ -186,11 +187,9 @@ class JanusFlowAdapter(FlowDecoderAdapter):
     # ---- words and pixels
 
     def tokenize(self, prompt: Prompt) -> list[Segment]:
-        """Return the conversation up to the assistant's turn; input images stand before the request."""
-        request = f"{PICTURE}\n" * len(prompt.images) + prompt.text.replace(PICTURE, "")
-        text = conversation(
-            [("User", request), ("Assistant", None)], system=self.system_prompt or ""
-        )
+        """Return the conversation up to the assistant's turn; input images stand in or before the request."""
+        request = PICTURE.join(words.replace(PICTURE, "") for words in prompt.pieces("\n"))
+        text = conversation([(USER, request), (ASSISTANT, None)], system=self.system_prompt or "")
         first, *rest = text.split(PICTURE)
         segments: list[Segment] = [self.given([self.config.bos, *self.tokenizer.encode(first)])]
         for pixels, words in zip(prompt.images, rest, strict=True):
@@ -217,14 +216,19 @@ class JanusFlowAdapter(FlowDecoderAdapter):
             ValueError: when there is no vision tower.
         """
         pixels = self.decode(image.latent.unsqueeze(0), image.grid)[0]
-        return replace(image, views=self._views(pixels, *self._turn()))
+        before, after = map(self.tokenizer.encode, picture_turn(self.look_prompt, USER, ASSISTANT))
+        after = [self.config.end_of_image, *([] if turn_follows else after)]
+        return replace(image, views=self._views(pixels, [self.config.eos, *before], after))
 
-    def _turn(self) -> tuple[list[int], list[int]]:
-        """Return the ids around a drawn picture: the assistant's turn ends, the user shows it."""
-        turns = [("User", f"{PICTURE}\n{self.look_prompt}"), ("Assistant", None)]
-        before, after = conversation(turns).split(PICTURE)
-        encode = self.tokenizer.encode
-        return [self.config.eos, *encode(before)], [self.config.end_of_image, *encode(after)]
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return what the user says, up to the assistant's turn.
+
+        In a turn that shows a picture it stands where ``look_prompt`` would; else the assistant's ends first.
+        """
+        if goes_on(behind, self.config.end_of_image):
+            return self.given(self.tokenizer.encode(picture_turn(text, USER, ASSISTANT)[1]))
+        words = conversation([(USER, text), (ASSISTANT, None)])
+        return self.given([self.config.eos, *self.tokenizer.encode(words)])
 
     @torch.no_grad()
     def _views(
@@ -316,11 +320,18 @@ class JanusFlowAdapter(FlowDecoderAdapter):
         picture = 1 + vision.num_patches if vision is not None else 0
         # "User: ", "\n" and the end mark, for each picture.
         given = self._template() + prompt_tokens + len(prompt.images) * (picture + 2)
-        looked_at = picture + self._glue() if picture else 0
+        before, after = map(self._count, picture_turn(self.look_prompt, USER, ASSISTANT))
+        rows = Rows(
+            given=given,
+            grid=self.image_grid(prompt),
+            before=1 + before,
+            picture=picture,
+            after=after,
+        )
         found = footprint(
             self.config,
             sampling,
-            Rows(given=given, grid=self.image_grid(prompt), looked_at=looked_at),
+            rows,
             gradient_checkpointing=self.net.gradient_checkpointing,
             dtype=dtype,
             weights=self.decoder.embed_tokens.weight.dtype,
@@ -330,12 +341,8 @@ class JanusFlowAdapter(FlowDecoderAdapter):
 
     def _template(self) -> int:
         """Return how many words every prompt begins with."""
-        text = conversation([("User", None), ("Assistant", None)], system=self.system_prompt or "")
+        text = conversation([(USER, None), (ASSISTANT, None)], system=self.system_prompt or "")
         return 1 + self._count(text)
-
-    def _glue(self) -> int:
-        """Return how many words stand around a drawn picture that is looked at."""
-        return 2 + self._count(conversation([("User", self.look_prompt), ("Assistant", None)]))
 
     def _count(self, text: str) -> int:
         # Without a tokenizer sizes are only estimated: about four letters to a token.

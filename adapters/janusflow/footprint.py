@@ -9,6 +9,7 @@ import torch
 from lightning_unigrpo.adapter import Footprint
 from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
+from lightning_unigrpo.adapters.common.footprint import Gathered
 from lightning_unigrpo.adapters.janusflow.config import JanusFlowConfig
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import Grid
@@ -24,8 +25,12 @@ class Rows(NamedTuple):
     """Words and pictures of the prompt."""
     grid: Grid
     """Latents of a drawn image."""
-    looked_at: int
-    """Of a drawn image that is read again, its marks and template included."""
+    before: int
+    """Before a drawn image that is read again: what closes the assistant's turn and opens the user's."""
+    picture: int
+    """Of that image; 0 = it is not read."""
+    after: int
+    """Of what is said of it, where the user does not speak next; without its end mark."""
 
 
 def footprint(
@@ -52,23 +57,9 @@ def footprint(
     llama = config.llama()
     size, stream = (torch.finfo(each).bits // 8 for each in (dtype, weights))
     size = min(size, stream)  # without autocast products are in the weights' dtype
-    image, context = config.num_rows(rows.grid), rows.given
-    capacity, blocks, scored = context, 0, 0
-    for step in sampling.steps:
-        if step.kind == "text":
-            context += step.max_tokens
-            scored += step.max_tokens
-            capacity = max(capacity, context)
-            continue
-        if step.kind == "turn":
-            context += step.max_tokens
-            capacity = _grown(capacity, context)
-            continue
-        capacity = max(capacity, context + image)
-        blocks += sampling.window_size
-        if step.is_seen:
-            context += rows.looked_at
-            capacity = _grown(capacity, context)
+    image = config.num_rows(rows.grid)
+    gathered, capacity, scored = _count(sampling, rows, image)
+    context, blocks = gathered.context, sampling.num_images * sampling.window_size
     d, ff, vocabulary = (
         cast(int, getattr(llama, name))
         for name in ("hidden_size", "intermediate_size", "vocab_size")
@@ -78,11 +69,13 @@ def footprint(
     cache = capacity * layers * 2 * kv * size + 3 * vocabulary * FLOAT32  # and what comes next
     noise = blocks * image
     total = context + noise
-    keys = total + blocks * context  # each block of noise gathers what it sees
+    dense = total * total <= attention.DENSE_LIMIT
+    # Each block of noise gathers what it sees; without masks every other block does, too.
+    keys = total + blocks * context if dense else gathered.keys
     norm = _norm(d, size, stream)
     # Two norms; the attention's queries and result, and what its projection reads; four widths of the MLP.
     per_row = 2 * norm + (3 * d + 4 * ff) * size
-    layer = total * per_row + keys * 2 * kv * size
+    layer = total * per_row + keys * 2 * kv * size + (0 if dense else gathered.masks * size)
     kept = layer * layers
     if gradient_checkpointing:
         kept = total * d * stream * layers + layer
@@ -90,9 +83,29 @@ def footprint(
     kept += scored * (d * size + vocabulary * FLOAT32)
     kept += total * 2 * head_dim * stream  # cosines and sines
     kept += blocks * _halves(config, rows.grid, d, size, stream)
-    if total * total <= attention.DENSE_LIMIT:
+    if dense:
         kept += (context * context + noise * (context + image)) * size  # masks
     return Footprint(cache=cache, activations=kept)
+
+
+def _count(sampling: Sampling, rows: Rows, image: int) -> tuple[Gathered, int, int]:
+    """Return the rows of a trajectory of the longest texts, slots of a cache, and sampled words."""
+    gathered, scored, steps = Gathered(), 0, sampling.steps
+    gathered.seen(rows.given)
+    capacity = rows.given
+    for step, later in zip(steps, (*steps[1:], None), strict=True):
+        if step.kind == "image":
+            capacity = max(capacity, gathered.context + image)
+            gathered.hidden(image, copies=sampling.window_size, causal=True)
+            is_open = later is not None and later.kind == "turn"
+            if step.is_seen and rows.picture:
+                for num in (rows.before, rows.picture, 1 + (0 if is_open else rows.after)):
+                    gathered.seen(num)
+        else:
+            gathered.seen(step.max_tokens)
+            scored += step.max_tokens if step.kind == "text" else 0
+        capacity = max(capacity, gathered.context)
+    return gathered, capacity, scored
 
 
 def _norm(d: int, size: int, stream: int, *, casts: float = 2.5) -> int:
@@ -126,11 +139,3 @@ def _halves(config: JanusFlowConfig, grid: Grid, d: int, size: int, stream: int)
     ends = _norm(d, size, stream, casts=1) + (d + 2 * wide + 2 * flow.decoder_channels) * size
     per_square = blocks * per_channel + ends
     return squares * per_square + squares * flow.stride**2 * flow.latent_channels * FLOAT32
-
-
-def _grown(capacity: int, needed: int) -> int:
-    """Return the most slots of a cache that makes room unreserved: it at least doubles when it grows.
-
-    A shorter context may just not fit where the longest one does, so both are counted.
-    """
-    return max(capacity, needed, 2 * min(capacity, needed - 1))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import JanusConfig
 
 from lightning_unigrpo.adapter import Footprint, ImagePolicy, token_log_probs
-from lightning_unigrpo.adapters.common.adapter import DecoderAdapter, Image
+from lightning_unigrpo.adapters.common.adapter import DecoderAdapter, Image, goes_on
 from lightning_unigrpo.adapters.common.attention import NextWord
 from lightning_unigrpo.adapters.common.cache import DecoderCache
-from lightning_unigrpo.adapters.common.conversation import conversation
+from lightning_unigrpo.adapters.common.conversation import PICTURE, conversation, picture_turn
 from lightning_unigrpo.adapters.common.lora import LowRank
 from lightning_unigrpo.adapters.common.pictures import PictureProcessor
 from lightning_unigrpo.adapters.common.tokenizer import Tokenizer
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from lightning_unigrpo.adapters.januspro.network import JanusVision, JanusVQ
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
-PICTURE, PROMPT = "\x00", "{prompt}"
-"""Where a picture stands in a conversation that is still text, and the prompt in the request."""
+PROMPT = "{prompt}"
+"""Where the prompt's words stand in the request."""
 
 
 class JanusProAdapter(DecoderAdapter):
@@ -195,10 +195,10 @@ class JanusProAdapter(DecoderAdapter):
     # ---- words and pixels
 
     def tokenize(self, prompt: Prompt) -> list[Segment]:
-        """Return the conversation up to the assistant's turn; input images stand before the request."""
-        words = self.request.replace(PROMPT, prompt.text).replace(PICTURE, "")
-        turns = [(USER, f"{PICTURE}\n" * len(prompt.images) + words), (ASSISTANT, None)]
-        text = conversation(turns, system=self.system_prompt or "")
+        """Return the conversation up to the assistant's turn; input images stand in or before the request."""
+        whole = replace(prompt, text=self.request.replace(PROMPT, prompt.text))
+        request = PICTURE.join(words.replace(PICTURE, "") for words in whole.pieces("\n"))
+        text = conversation([(USER, request), (ASSISTANT, None)], system=self.system_prompt or "")
         first, *rest = text.split(PICTURE)
         segments: list[Segment] = [self.given([self.marks.bos, *self.tokenizer.encode(first)])]
         for pixels, between in zip(prompt.images, rest, strict=True):
@@ -215,21 +215,37 @@ class JanusProAdapter(DecoderAdapter):
             ValueError: when there is no vision tower.
         """
         none = torch.zeros(0, 0, device=self.device)
-        views = {"features": self._features(pixels)}
+        marks = self.marks
+        views = self._views(pixels, [marks.begin_image], [marks.end_image])
         return ImageSegment(latent=none, grid=(0, 0), is_context=True, views=views)
 
     def look(self, image: TokenImageSegment, *, turn_follows: bool = False) -> TokenImageSegment:
-        """Show a drawn image: decoded, and read by the tower.
+        """Show a drawn image: decoded, read by the tower, and put into a new turn of the user.
 
         Raises:
             ValueError: when there is no vision tower.
         """
         pixels = self.decode(image.tokens.unsqueeze(0), image.grid)[0]
-        return replace(image, views={"features": self._features(pixels)})
+        before, after = map(self.tokenizer.encode, picture_turn(self.look_prompt, USER, ASSISTANT))
+        before = [self.marks.eos, *before, self.marks.begin_image]
+        after = [self.marks.end_image, *([] if turn_follows else after)]
+        return replace(image, views=self._views(pixels, before, after))
+
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return what the user says, up to the assistant's turn; ``request`` is of the first one only.
+
+        In a turn that shows a picture it stands where ``look_prompt`` would; else the assistant's ends first.
+        """
+        if goes_on(behind, self.marks.end_image):
+            return self.given(self.tokenizer.encode(picture_turn(text, USER, ASSISTANT)[1]))
+        words = conversation([(USER, text), (ASSISTANT, None)])
+        return self.given([self.marks.eos, *self.tokenizer.encode(words)])
 
     @torch.no_grad()
-    def _features(self, pixels: Tensor) -> Tensor:
-        """Return what the tower sees, ``[n, d]``."""
+    def _views(
+        self, pixels: Tensor, before: Sequence[int], after: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return what the tower sees, ``[n, d]``, and the ids around it."""
         if self.vision is None:
             raise ValueError(
                 f"{type(self).__name__} has no vision tower to see a picture with: give adapter.vision true, "
@@ -237,8 +253,12 @@ class JanusProAdapter(DecoderAdapter):
             )
         pixels = self.pictures(pixels.to(self.device, torch.float32))
         with torch.autocast(self.device.type, enabled=False):
-            found: Tensor = self.vision(pixels.unsqueeze(0))[0]
-        return found
+            features: Tensor = self.vision(pixels.unsqueeze(0))[0]
+        return {
+            "before": self.given(before).tokens,
+            "features": features,
+            "after": self.given(after).tokens,
+        }
 
     @property
     def side(self) -> int:
@@ -305,23 +325,10 @@ class JanusProAdapter(DecoderAdapter):
         """Add a picture's features and the words around it; one that was not looked at is not seen."""
         if "features" not in image.views:
             return 0
-        before, after = self._around(image)
+        before, after = (image.views[name].tolist() for name in ("before", "after"))
         features = image.views["features"]
         packer.seen(image, before, features, after, position)
         return len(before) + len(features) + len(after)
-
-    def _around(self, image: Image) -> tuple[list[int], list[int]]:
-        """Return the ids before and behind a picture's features.
-
-        An input image stands inside the request. A drawn one begins a turn: the assistant's ends, the user
-        shows it.
-        """
-        begin, end = [self.marks.begin_image], [self.marks.end_image]
-        if isinstance(image, ImageSegment):
-            return begin, end
-        turns = [(USER, f"{PICTURE}\n{self.look_prompt}"), (ASSISTANT, None)]
-        before, after = map(self.tokenizer.encode, conversation(turns).split(PICTURE))
-        return [self.marks.eos, *before, *begin], [*end, *after]
 
     def draw(self, packer: Packer, image: Image, position: int, steps: slice) -> None:
         """Add the rows that predict the codes."""
@@ -366,7 +373,7 @@ class JanusProAdapter(DecoderAdapter):
             if isinstance(segment, TextSegment):
                 ids += self._read_ids(segment)
             elif segment.is_context and "features" in segment.views:
-                before, after = self._around(segment)
+                before, after = (segment.views[name].tolist() for name in ("before", "after"))
                 ids += [*before, *[self.marks.pad] * len(segment.views["features"]), *after]
         kept = (self.marks.bos, self.marks.begin_image)
         return [i if i in kept else self.marks.pad for i in ids]
@@ -399,10 +406,13 @@ class JanusProAdapter(DecoderAdapter):
         picture = 2 + (vision.image_size // vision.patch_size) ** 2
         # "\n" after each picture.
         given = self._template() + prompt_tokens + len(prompt.images) * (picture + 1)
+        # What closes the assistant's turn, and "<|User|>: "; what is said.
+        before, after = map(self._count, picture_turn(self.look_prompt, USER, ASSISTANT))
+        shown = 1 + before + picture
         found = footprint(
             self.config,
             sampling,
-            Rows(given=given, codes=self.side**2, looked_at=picture + self._glue()),
+            Rows(given=given, codes=self.side**2, looked_at=shown + after, shown=shown),
             gradient_checkpointing=self.net.gradient_checkpointing,
             dtype=dtype,
             weights=self.decoder.embed_tokens.weight.dtype,
@@ -415,11 +425,6 @@ class JanusProAdapter(DecoderAdapter):
         turns = [(USER, self.request.replace(PROMPT, "x")), (ASSISTANT, None)]
         words = conversation(turns, system=self.system_prompt or "")
         return 1 + self._count(words) - self._count("x")
-
-    def _glue(self) -> int:
-        """Return how many words stand around a drawn picture that is looked at."""
-        turns = [(USER, f"{PICTURE}\n{self.look_prompt}"), (ASSISTANT, None)]
-        return 1 + sum(map(self._count, conversation(turns).split(PICTURE)))
 
     def _count(self, text: str) -> int:
         # Without a tokenizer sizes are only estimated: about four letters to a token.

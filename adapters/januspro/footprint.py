@@ -10,6 +10,7 @@ from transformers import JanusConfig
 from lightning_unigrpo.adapter import Footprint
 from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
+from lightning_unigrpo.adapters.common.footprint import Gathered
 from lightning_unigrpo.config import Sampling
 
 FLOAT32 = 4
@@ -27,6 +28,8 @@ class Rows(NamedTuple):
     """Of a drawn image; as many rows predict them."""
     looked_at: int
     """Of a drawn image that is read again, its marks and template included."""
+    shown: int
+    """Likewise, where a turn of the user stands in place of the template's words."""
 
 
 def footprint(
@@ -54,26 +57,8 @@ def footprint(
     vq: Any = config.vq_config
     size, stream = (torch.finfo(each).bits // 8 for each in (dtype, weights))
     size = min(size, stream)  # without autocast products are in the weights' dtype
-    context = capacity = rows.given
-    drawn = scored = again = 0
-    for step in sampling.steps:
-        if step.kind == "text":
-            capacity = max(capacity, context + step.max_tokens + SPARE)
-            again += context
-            context += step.max_tokens
-            scored += step.max_tokens
-            continue
-        if step.kind == "turn":
-            again += context
-            context += step.max_tokens
-            capacity = _grown(capacity, context)
-            continue
-        capacity = max(capacity, context + rows.codes)
-        drawn += 1
-        if step.is_seen:
-            again += context
-            context += rows.looked_at
-            capacity = _grown(capacity, context)
+    gathered, capacity, scored = _count(sampling, rows)
+    context, drawn = gathered.context, sampling.num_images
     d, ff, layers = llama.hidden_size, llama.intermediate_size, llama.num_hidden_layers
     sizes = cache_sizes(llama)
     kv = sizes.num_heads * sizes.head_dim
@@ -82,12 +67,12 @@ def footprint(
     codes = drawn * rows.codes
     total = context + codes
     dense = total * total <= attention.DENSE_LIMIT
-    # Each image gathers what it sees; without masks every text does, too.
-    keys = total + drawn * context + (0 if dense else again)
+    # Each image gathers what it sees; without masks every other block does, too.
+    keys = total + drawn * context if dense else gathered.keys
     norm = _norm(d, size, stream)
     # Two norms; the attention's queries and result, and what its projection reads; four widths of the MLP.
     per_row = 2 * norm + (3 * d + 4 * ff) * size
-    layer = total * per_row + keys * 2 * kv * size
+    layer = total * per_row + keys * 2 * kv * size + (0 if dense else gathered.masks * size)
     kept = layer * layers
     if gradient_checkpointing:
         kept = total * d * stream * layers + layer
@@ -101,6 +86,27 @@ def footprint(
     return Footprint(cache=cache, activations=kept)
 
 
+def _count(sampling: Sampling, rows: Rows) -> tuple[Gathered, int, int]:
+    """Return the rows of a trajectory of the longest texts, slots of a cache, and sampled words."""
+    gathered, scored, steps = Gathered(), 0, sampling.steps
+    gathered.seen(rows.given)
+    capacity = rows.given
+    for step, later in zip(steps, (*steps[1:], None), strict=True):
+        if step.kind == "image":
+            capacity = max(capacity, gathered.context + rows.codes)
+            gathered.hidden(rows.codes, causal=True)
+            is_open = later is not None and later.kind == "turn"
+            if step.is_seen:
+                gathered.seen(rows.shown if is_open else rows.looked_at)
+        else:
+            gathered.seen(step.max_tokens)
+        if step.kind == "text":
+            scored += step.max_tokens
+            capacity = max(capacity, gathered.context + SPARE)
+        capacity = max(capacity, gathered.context)
+    return gathered, capacity, scored
+
+
 def _norm(d: int, size: int, stream: int) -> int:
     """Return the bytes that a norm of ``d`` numbers and the inputs of the projections behind it take.
 
@@ -112,11 +118,3 @@ def _norm(d: int, size: int, stream: int) -> int:
     if stream >= FLOAT32:
         return 2 * d * FLOAT32 + 5 * d * size // 2
     return d * FLOAT32 + 2 * d * size
-
-
-def _grown(capacity: int, needed: int) -> int:
-    """Return the most slots of a cache that makes room unreserved: it at least doubles when it grows.
-
-    A shorter context may just not fit where the longest one does, so both are counted.
-    """
-    return max(capacity, needed, 2 * min(capacity, needed - 1))

@@ -198,6 +198,14 @@ class ShowOAdapter(DecoderAdapter):
             )
         return [self.given([self.config.bos, *self.tokenizer.encode(self._words_of(prompt))])]
 
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return what the user says: words that go on behind an image, or in a new line.
+
+        They are words of the context like those of the request, so the next image is drawn behind them, too.
+        """
+        is_apart = not isinstance(behind, TextSegment) and behind.is_context
+        return self.given(self.tokenizer.encode(text if is_apart else f"\n{text}"))
+
     def _words_of(self, prompt: Prompt) -> str:
         return self.request.replace(PROMPT, prompt.text)
 

@@ -10,6 +10,7 @@ import torch
 from lightning_unigrpo.adapter import Footprint
 from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
+from lightning_unigrpo.adapters.common.footprint import Gathered
 from lightning_unigrpo.adapters.showo.config import ShowOConfig
 from lightning_unigrpo.config import Sampling, num_steps
 from lightning_unigrpo.masked import mask_ratios
@@ -64,22 +65,23 @@ def footprint(
     cache = slots * layers * 2 * kv * size + 3 * config.num_words * FLOAT32
     window, drawn, image = sampling.window_size, len(counts.prefixes), rows.codes + 2
     states = drawn * window * image
-    total = counts.context + sum(counts.prefixes) + states
+    context = counts.gathered.context
+    total = context + sum(counts.prefixes) + states
     dense = total * total <= attention.DENSE_LIMIT
     # Samples are padded to each other: with masks only what states see is.
-    samples, widest = 1 + drawn, max(counts.context, *counts.prefixes, 0)
+    samples, widest = 1 + drawn, max(context, *counts.prefixes, 0)
     if dense:
         padded = samples * widest + states
         keys = padded + drawn * window * widest
     else:
-        longest = max(counts.context, *(before + window * image for before in counts.prefixes), 0)
+        longest = max(context, *(before + window * image for before in counts.prefixes), 0)
         padded = samples * longest
-        keys = total + window * sum(counts.prefixes) + counts.again
+        keys = counts.gathered.keys
     # Queries and keys before their norms, what attention finds, as rows; the MLP and its tanh; means and
     # deviations of three norms, sums of attention. Queries, and what attention finds, in its own order.
     per_row = _norm(d, size, stream) + (3 * d + 5 * ff) * size + (2 + 5 * sizes.num_heads) * FLOAT32
     layer = total * per_row + (padded + (padded if dense else total)) * d * size
-    layer += keys * 2 * kv * size
+    layer += keys * 2 * kv * size + (0 if dense else counts.gathered.masks * size)
     kept = layer * layers
     if gradient_checkpointing:
         kept = total * d * stream * layers + layer
@@ -96,10 +98,8 @@ def footprint(
 class _Counts(NamedTuple):
     """What a trajectory of the longest texts comes to."""
 
-    context: int
-    """Rows of words, and of images that are looked at."""
-    again: int
-    """Rows before each sampled segment and image, all together."""
+    gathered: Gathered
+    """Rows of words, and of images that are looked at; what each sample's blocks gather."""
     words: int
     """Sampled."""
     prefixes: list[int]
@@ -111,26 +111,31 @@ class _Counts(NamedTuple):
 
 
 def _count(sampling: Sampling, rows: Rows) -> _Counts:
-    context = capacity = spoken = rows.given
-    again, image = 0, rows.codes + 2
+    gathered, image = Gathered(), rows.codes + 2
+    gathered.seen(rows.given)
+    capacity = spoken = rows.given
     prefixes: list[int] = []
     heard = 0
     for step in sampling.steps:
         if step.kind != "image":
-            capacity = max(capacity, context + step.max_tokens + SPARE)
-            again += context
-            context += step.max_tokens
+            spare = SPARE if step.kind == "text" else 0
+            capacity = max(capacity, gathered.context + step.max_tokens + spare)
+            gathered.seen(step.max_tokens)
             spoken += step.max_tokens
             heard += step.max_tokens if step.kind == "turn" else 0
             continue
         prefixes.append(min(rows.prefix, spoken + 2))  # the task before bos, and eos
         if step.is_seen:
-            again += 2 * context + image  # of the image, and of bos behind it
-            context += image + 1
-            capacity = max(capacity, context)
+            gathered.seen(image, causal=False)
+            gathered.seen(1)  # bos behind it
+            capacity = max(capacity, gathered.context)
+    for before in prefixes:
+        alone = Gathered()
+        alone.seen(before)
+        alone.hidden(image, copies=sampling.window_size)
+        gathered.keys, gathered.masks = gathered.keys + alone.keys, gathered.masks + alone.masks
     return _Counts(
-        context=context,
-        again=again,
+        gathered=gathered,
         words=spoken - heard - rows.given,
         prefixes=prefixes,
         capacity=capacity,

@@ -22,7 +22,7 @@ from lightning_unigrpo.adapters.showo2.lora import LoRA
 from lightning_unigrpo.adapters.showo2.network import Pack, ShowO2Net
 from lightning_unigrpo.adapters.showo2.packing import Packer
 from lightning_unigrpo.config import Sampling
-from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Segment
+from lightning_unigrpo.types import Grid, ImageSegment, Prompt, Segment, TextSegment
 
 if TYPE_CHECKING:
     from lightning_unigrpo.adapters.showo2.vae import ShowO2VAE
@@ -169,8 +169,8 @@ class ShowO2Adapter(FlowDecoderAdapter):
     # ---- words and pixels
 
     def tokenize(self, prompt: Prompt) -> list[Segment]:
-        """Return the request behind ``bos``, input images before it; a conversation with a system prompt."""
-        text = PICTURE * len(prompt.images) + prompt.text.replace(PICTURE, "")
+        """Return the request behind ``bos``, input images in or before it; or a conversation with it."""
+        text = PICTURE.join(words.replace(PICTURE, "") for words in prompt.pieces())
         first, *rest = self._conversation(text).split(PICTURE)
         segments: list[Segment] = [self.given([self.config.bos, *self.tokenizer.encode(first)])]
         for pixels, words in zip(prompt.images, rest, strict=True):
@@ -182,6 +182,20 @@ class ShowO2Adapter(FlowDecoderAdapter):
         if self.system_prompt is None:
             return request
         return f"system\n{self.system_prompt}{END}\n{TURN}user\n{request}{END}\n{TURN}assistant\n"
+
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        """Return what the user says: a turn of the conversation, the assistant's closed and opened anew.
+
+        Without a system prompt there are no roles, and a context is one sequence of words and images, as in
+        upstream's training on mixed documents: the words go on behind an image, or in a new line.
+        """
+        if self.system_prompt is not None:
+            words = f"{END}\n{TURN}user\n{text}{END}\n{TURN}assistant\n"
+        elif isinstance(behind, ImageSegment) and behind.is_context:
+            words = text
+        else:
+            words = f"\n{text}"
+        return self.given(self.tokenizer.encode(words))
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> ImageSegment:

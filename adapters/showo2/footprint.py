@@ -9,6 +9,7 @@ import torch
 from lightning_unigrpo.adapter import Footprint
 from lightning_unigrpo.adapters.common import attention
 from lightning_unigrpo.adapters.common.decoder import cache_sizes
+from lightning_unigrpo.adapters.common.footprint import Gathered
 from lightning_unigrpo.adapters.showo2.config import ShowO2Config
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.types import Grid
@@ -40,8 +41,7 @@ class Bytes(NamedTuple):
 class _Counts(NamedTuple):
     """What a trajectory of the longest texts comes to."""
 
-    context: int
-    """Rows that later ones see."""
+    gathered: Gathered
     noise: int
     """Rows of images being drawn."""
     blocks: int
@@ -80,17 +80,29 @@ def footprint(
         min(product, stream), stream
     )  # without autocast products are in the weights' dtype
     image, qwen = config.num_rows(rows.grid), config.qwen()
-    counts = _count(sampling, rows.given, image)
+    counts = _count(sampling, rows, image)
+    context = counts.gathered.context
     d, vocabulary = qwen.hidden_size, qwen.vocab_size
     language = cache_sizes(qwen)
     pairs = sum(layers * 2 * heads * size for layers, heads, size in (language, config.flow_sizes))
     cache = counts.capacity * pairs * each.product + 3 * vocabulary * FLOAT32  # and what comes next
-    total, squares = counts.context + counts.noise, rows.squares
+    total, squares = context + counts.noise, rows.squares
     squares += (counts.blocks + counts.seen) * (image - 1)
-    keys = total + counts.blocks * counts.context  # each block of noise gathers what it sees
+    dense = total * total <= attention.DENSE_LIMIT
+    # Each block of noise gathers what it sees; without masks every other block does, too.
+    keys = total + counts.blocks * context if dense else counts.gathered.keys
+    masks = 0 if dense else counts.gathered.masks * each.product
     layers = (
-        (language.num_layers, _language_layer(config, total, keys, each), total * d * stream),
-        (config.flow.layers, _flow_layer(config, total, keys, each), total * config.flow.width * 4),
+        (
+            language.num_layers,
+            masks + _language_layer(config, total, keys, each),
+            total * d * stream,
+        ),
+        (
+            config.flow.layers,
+            masks + _flow_layer(config, total, keys, each),
+            total * config.flow.width * 4,
+        ),
         (
             config.semantic.layers,
             squares * _semantic_square(config, each),
@@ -103,28 +115,31 @@ def footprint(
         kept = sum(num * layer for num, layer, _ in layers)
     kept += total * _between(config, each) + squares * _ends(config, each)
     kept += counts.words * (d * each.product + vocabulary * FLOAT32)
-    if total * total <= attention.DENSE_LIMIT:
-        masks = counts.context**2 + counts.noise * (counts.context + image)
-        kept += masks * each.product
+    if dense:
+        kept += (context**2 + counts.noise * (context + image)) * each.product
     return Footprint(cache=cache, activations=kept)
 
 
-def _count(sampling: Sampling, given: int, image: int) -> _Counts:
-    context = capacity = given
+def _count(sampling: Sampling, rows: Rows, image: int) -> _Counts:
+    gathered, capacity = Gathered(), rows.given
+    gathered.seen(rows.given - rows.squares)
+    gathered.seen(rows.squares, causal=False)
     blocks = seen = words = 0
     for step in sampling.steps:
         if step.kind != "image":
-            context += step.max_tokens
+            gathered.seen(step.max_tokens)
             words += step.max_tokens if step.kind == "text" else 0
         else:
-            context += 1  # the mark before it
+            gathered.seen(1)  # the mark before it
             blocks += sampling.window_size
-            capacity = max(capacity, context + image)
+            capacity = max(capacity, gathered.context + image)
+            gathered.hidden(image, copies=sampling.window_size)
             if step.is_seen:
-                context += image + 1
+                gathered.seen(image, causal=False)
+                gathered.seen(1)  # the mark behind it
                 seen += 1
-        capacity = max(capacity, context)
-    return _Counts(context, blocks * image, blocks, seen, words, capacity)
+        capacity = max(capacity, gathered.context)
+    return _Counts(gathered, blocks * image, blocks, seen, words, capacity)
 
 
 def _language_layer(config: ShowO2Config, total: int, keys: int, each: Bytes) -> int:

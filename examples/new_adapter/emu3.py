@@ -23,7 +23,7 @@ from lightning_unigrpo.adapters.common.lora import LowRank, add_lora, lora_off, 
 from lightning_unigrpo.distributed import rank, whole_state
 from lightning_unigrpo.types import Grid, Prompt, Scores, Segment, TextSegment, Trajectory
 
-REQUEST, ANSWER = "You are a helpful assistant. USER: {prompt}", " ASSISTANT:"
+REQUEST, TURN, ANSWER = "You are a helpful assistant.", " USER: {}", " ASSISTANT:"
 END_LINE, END_CODES, BEGIN, STOP = (f"<|extra_{number}|>" for number in (200, 201, 203, 204))
 BEGIN_IMAGE, BEGIN_CODES, END_IMAGE = "<|image start|>", "<|image token|>", "<|image end|>"
 
@@ -38,8 +38,7 @@ class Block(NamedTuple):
 class Emu3Cache(Cache):
     """Keys and values of B ragged rows, in S slots that some rows leave empty.
 
-    ``seen``, ``[B, S]`` bool, are the slots that count; ``fed``, ``[B]`` int64, says how many ids of
-    the segment in progress have been fed.
+    ``seen``, ``[B, S]`` bool: slots that count; ``fed``, ``[B]``: ids of the segment in progress.
     """
 
     def __init__(self, past: DynamicCache, seen: Tensor, fed: Tensor) -> None:
@@ -102,7 +101,10 @@ class Emu3Adapter(Adapter):
     def tokenize(self, prompt: Prompt) -> list[Segment]:
         if prompt.images:
             raise ValueError("Prompt.images is given; Emu3Adapter reads no pictures: leave it out.")
-        return [TextSegment(tokens=self.encode(REQUEST.format(prompt=prompt.text)))]
+        return [TextSegment(tokens=self.encode(REQUEST + TURN.format(prompt.text)))]
+
+    def turn(self, text: str, behind: Segment) -> TextSegment:
+        return TextSegment(tokens=self.encode(TURN.format(text)))
 
     def detokenize(self, tokens: Tensor) -> str:
         return self.tokenizer.decode(tokens[tokens != self.stop_token])

@@ -49,7 +49,8 @@ def check_adapter(
     Args:
         adapter: the backbone, best a small one with random weights.
         prompts: two or more of different length; ``None`` takes the adapter's own.
-        rounds: how often trajectories think and draw; leave 2 out if drawn images are never seen.
+        rounds: how often trajectories think and draw; leave 2 out if drawn images are never seen. Between
+            two rounds the user speaks in half of them, where the adapter has a ``turn``.
         atol: bound of all comparisons; ``None`` = by precision of the weights (:data:`report.ATOL`).
         only: names of the checks to run; ``None`` = all of :data:`CHECKS`.
         raise_on_failure: raise, or only return the report.

@@ -125,10 +125,9 @@ def slices_of_steps(s: Subject) -> float | None:
 )
 def causality(s: Subject) -> float:
     """Change of the scores when the trajectory ends behind each of its sampled segments."""
-    whole, errors = s.adapter(s.trajectories[:1]), []
-    trajectory = s.trajectories[0]
-    num_given = sum(not segment.is_sampled for segment in trajectory.segments)
-    for end in range(num_given + 1, len(trajectory.segments)):
+    trajectory, errors = s.trajectories[1], []
+    whole = s.adapter([trajectory])
+    for end in range(trajectory.num_given + 1, len(trajectory.segments)):
         cut = s.adapter([replace(trajectory, segments=trajectory.segments[:end])])
         start = Scores(
             text=whole.text[: len(cut.text)],

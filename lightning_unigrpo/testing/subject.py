@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_unigrpo.adapter import Adapter, Cache, token_log_probs
+from lightning_unigrpo.adapter import Adapter, Cache, has_turns, token_log_probs
 from lightning_unigrpo.config import Sampling
 from lightning_unigrpo.masked import Independent
 from lightning_unigrpo.rollout import Start, rollout, sample_image_tokens, sample_masked_image
@@ -57,11 +57,21 @@ class Subject:
             self._drawn[self.rounds] = self.draw()
         return self._drawn[self.rounds] or []
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether the user speaks between the rounds of some trajectories."""
+        return self.rounds > 1 and has_turns(self.adapter)
+
     def draw(self) -> list[Trajectory]:
-        """Draw trajectories; tempered, so that a forgotten temperature is found."""
+        """Draw two trajectories a prompt, between whose rounds the user is silent and speaks, if he can.
+
+        They are tempered, so that a forgotten temperature is found. The last of those with turns has one
+        round fewer: there the user has nothing more to say.
+        """
         starts = [Start(prompt, i, m) for i, prompt in enumerate(self.prompts) for m in range(2)]
         sampling = Sampling(
-            plan=("text", "image") * self.rounds,
+            plan=("text", "image"),
+            rounds=self.rounds,
             max_text_tokens=6,
             temperature=0.8,
             num_timesteps=5,
@@ -70,7 +80,24 @@ class Subject:
             window_range=(0, 4),
             seed=0,
         )
-        return list(chain.from_iterable(rollout(self.adapter, starts, sampling)))
+        if not self.has_turns:
+            return list(chain.from_iterable(rollout(self.adapter, starts, sampling)))
+        dialogue = replace(sampling, plan=("text", "image", "turn", "text", "image"))
+        silent, spoken = (
+            chain.from_iterable(rollout(self.adapter, rows, plan, speaker=self.say))
+            for rows, plan in ((starts[::2], sampling), (starts[1::2], dialogue))
+        )
+        return [*chain.from_iterable(zip(silent, spoken, strict=True))]
+
+    def say(self, trajectories: Sequence[Trajectory], number: int) -> list[str | None]:
+        """Say words that the tokenizer knows: another prompt's."""
+        last = len(self.prompts) - 1
+        return [
+            None
+            if t.group == last and number == self.rounds - 2
+            else "".join(self.prompts[t.group - 1].pieces())
+            for t in trajectories
+        ]
 
     # ---- inputs: three ragged rows
 
@@ -131,28 +158,45 @@ class Subject:
 
     # ---- the same segments with other contents
 
-    def other(self, segment: Segment) -> Segment:
-        """Return a sampled segment of the same length in which everything is another."""
-        if isinstance(segment, TextSegment):
-            one, two = self.texts()[2].tokens[:2]
-            words = torch.where(segment.tokens == one, two, one)
-            is_stop = segment.tokens == self.adapter.stop_token
-            return replace(segment, tokens=segment.tokens.where(is_stop, words))
-        found = self.other_image(segment)
-        if isinstance(found, ImageSegment) and found.states is not None:
-            found.states = found.states + 1
+    def others(self, segments: Sequence[Segment], start: int) -> list[Segment]:
+        """Return segments of the same lengths from some place on, in which everything is another."""
+        found: list[Segment] = []
+        for number, segment in enumerate(segments[start:], start):
+            if isinstance(segment, TextSegment):
+                found.append(self.other_text(segment))
+                continue
+            image = self.other_image(segments, number)
+            if isinstance(image, ImageSegment) and image.states is not None:
+                image.states = image.states + 1
+            found.append(image)
         return found
 
+    def other_text(self, text: TextSegment) -> TextSegment:
+        """Return a text of the same length in which every token but the stop token is another."""
+        one, two = self.texts()[2].tokens[:2]
+        words = torch.where(text.tokens == one, two, one)
+        is_stop = text.tokens == self.adapter.stop_token
+        return replace(text, tokens=text.tokens.where(is_stop, words))
+
     def other_image(
-        self, image: ImageSegment | TokenImageSegment
+        self, segments: Sequence[Segment], number: int
     ) -> ImageSegment | TokenImageSegment:
         """Return an image whose latent, or every code, is another; its noisy states are the same."""
+        image = segments[number]
         found: ImageSegment | TokenImageSegment
         if isinstance(image, ImageSegment):
             found = replace(image, latent=image.latent + 1)
         else:
+            assert isinstance(image, TokenImageSegment)
             found = replace(image, tokens=(image.tokens + 1) % self.num_codes)
-        return self.adapter.look(found) if found.is_context else found
+        if not found.is_context:
+            return found
+        turn_follows = any(
+            isinstance(segment, TextSegment) and not segment.is_sampled
+            for segment in segments[number + 1 : number + 2]
+        )
+        seen: ImageSegment | TokenImageSegment = self.adapter.look(found, turn_follows=turn_follows)
+        return seen
 
     def noise(self, rows: Sequence[int]) -> Tensor:
         """Return ``[B, N, C]`` standard normals, the same for the same row."""
@@ -279,7 +323,7 @@ def trajectory_of(prompt: Prompt, segments: list[Segment]) -> Trajectory:
 
 def only_first(trajectory: Trajectory, kind: str) -> Trajectory:
     """Return what a plan of one text or one image leaves of a trajectory: the prompt, and that segment."""
-    given = [segment for segment in trajectory.segments if not segment.is_sampled]
+    given = trajectory.segments[: trajectory.num_given]
     first = next(
         segment
         for _, segment in sampled([trajectory])

@@ -1,6 +1,7 @@
 """Checks of who sees whom in a packed pass: one segment is changed, everything else must stay to the bit.
 
-The shapes are the same before and after, so that rounding is too: the bound is 0.
+The shapes are the same before and after, so that rounding is too: the bound is 0. What is changed is the
+trajectory in which the user speaks, beside another of its prompt.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ Place: TypeAlias = tuple[int, int, int]
 def later_rounds(s: Subject) -> Finding:
     """Scores that change when everything from some segment on is replaced, its length kept."""
     wrong: list[str] = []
-    first, before = s.trajectories[0].segments, scored(s)
-    for start in actions(first)[1:]:
-        segments = [*first[:start], *map(s.other, first[start:])]
-        found = changed(before, scored(s, segments))
+    trajectory, before = s.trajectories[1], scored(s)
+    first = trajectory.segments
+    for start in range(trajectory.num_given + 1, len(first)):
+        found = changed(before, scored(s, [*first[:start], *s.others(first, start)]))
         leaks = (place for place in found if place[0] or place[1] < start)
         wrong += named(leaks, f"segments from {start} on")
     return Finding(len(wrong), short_list(wrong))
@@ -55,7 +56,7 @@ def noisy_copies(s: Subject) -> Finding | None:
     if not s.is_flow:
         return None
     wrong: list[str] = []
-    first, before = s.trajectories[0].segments, scored(s)
+    first, before = s.trajectories[1].segments, scored(s)
     for number, image in enumerate(first):
         if not isinstance(image, ImageSegment) or image.states is None:
             continue
@@ -80,13 +81,15 @@ def clean_image(s: Subject) -> Finding | None:
     if s.rounds < 2:
         return None
     wrong: list[str] = []
-    first, before = s.trajectories[0].segments, scored(s)
+    first, before = s.trajectories[1].segments, scored(s)
     for number in actions(first):
         image = first[number]
         if isinstance(image, TextSegment) or not image.is_context:
             continue
-        found = changed(before, scored(s, exchanged(first, number, s.other_image(image))))
-        if not any(not b and n in (number + 1, number + 2) for b, n, _ in found):
+        other = exchanged(first, number, s.other_image(first, number))
+        found = changed(before, scored(s, other))
+        later = [n for n in actions(first) if n > number]
+        if not any(not b and n in later[:2] for b, n, _ in found):
             wrong.append(f"segment {number}: the next round is the same")
         # Of codes the image's own scores follow: they are what was drawn.
         own = number + s.is_flow
@@ -106,8 +109,8 @@ def exchanged(segments: Sequence[Segment], number: int, segment: Segment) -> lis
 
 
 def scored(s: Subject, segments: Sequence[Segment] | None = None) -> dict[Place, Tensor]:
-    """Score two trajectories of one prompt, the first with other segments."""
-    first, second = s.trajectories[:2]
+    """Score two trajectories of one prompt, the one that is changed with other segments."""
+    second, first = s.trajectories[:2]
     if segments is not None:
         first = replace(first, segments=[*segments])
     return dict(by_place([first, second], s.adapter([first, second])))
