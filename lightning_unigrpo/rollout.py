@@ -526,9 +526,12 @@ class _Chunk:
             )
         if getattr(self.speaker, "needs_images", True):
             decode_images(self.adapter, self.rows, every=False)
+        turns = self.speaker(self.rows, number)
+        if self.progress is not None:
+            self.progress("turn", len(turns), len(turns))
         return [
             None if words is None else said(self.adapter, words, row.segments[-1], self.sampling)
-            for words, row in zip(self.speaker(self.rows, number), self.rows, strict=True)
+            for words, row in zip(turns, self.rows, strict=True)
         ]
 
     def _text(self, cache: Cache, place: int, step: Step) -> Sequence[TextSegment]:

@@ -149,7 +149,11 @@ def test_turns_are_given_words_in_their_place() -> None:
         heard.append((turn, completions, images))
         return ["a" if turn == 0 else "b c"] * len(completions)
 
-    found = draw(small(plan=DIALOGUE), ask, every_image=True)
+    phases: list[str] = []
+    found = draw(
+        small(plan=DIALOGUE), ask, every_image=True, progress=lambda phase, *_: phases.append(phase)
+    )
+    assert phases.count("turn") == 2
     assert [number for number, _, _ in heard] == [0, 1]
     for place, trajectory in enumerate(found):
         assert kinds(trajectory) == list(DIALOGUE)

@@ -44,7 +44,7 @@ class UniGRPOCallback(Callback):
     def on_phase(
         self, trainer: Trainer, module: UniGRPOModule, phase: str, done: int, total: int
     ) -> None:
-        """Called while something long runs: text, denoise, reward, reference, update."""
+        """Called while something long runs: text, denoise, turn, reward, reference, update."""
 
     def on_configure_model(self, trainer: Trainer, module: UniGRPOModule) -> None:
         """Called when the weights are read, before a checkpoint or a strategy touches them."""
