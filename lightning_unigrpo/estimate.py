@@ -263,12 +263,14 @@ def estimate(module: UniGRPOModule, setup: Setup) -> Estimate:
 
 
 def _rewards_bytes(module: UniGRPOModule, setup: Setup) -> int:
-    """Return what is gathered of all rollouts: group and rewards in float64, rewards in float32."""
+    """Return what is gathered of all rollouts.
+
+    Group, last round and rewards of each round in float64, rewards of the last in float32; each rank's count.
+    """
     rollouts = setup.prompts_per_iteration * module.sampling.group_size
     rewards = len(module._rewards)
-    return (
-        rollouts * (8 * (1 + rewards) + 4 * rewards) + 2 * 8 * setup.ranks
-    )  # and each rank's count
+    rounds = 1 if module.objective.round_rewards == "last" else module.sampling.num_images
+    return rollouts * (8 * (2 + rounds * rewards) + 4 * rewards) + 2 * 8 * setup.ranks
 
 
 @dataclass(frozen=True, kw_only=True)
