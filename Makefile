@@ -33,7 +33,7 @@ bench-communication:  ## bytes between ranks, counted over gloo on 2 and 4 proce
 bench-digits:
 	$(PYTHON) benchmarks/digits.py
 
-bench-digits-rounds:  ## two rounds against one from the same base; 20 minutes of one core
+bench-digits-rounds:  ## two rounds against one from the same base; half an hour of one core
 	$(PYTHON) benchmarks/digits_rounds.py
 
 bench-families:  ## tiny models of other families learn the digits; 15 minutes on two cores

@@ -1,12 +1,11 @@
 """Does looking at one's own drawing pay? One round against two, from one base, at equal numbers of images.
 
-    python benchmarks/digits_rounds.py runs      # every arm, seeds 0 1 2
-    python benchmarks/digits_rounds.py figures   # the table and the picture of what was measured
+    python benchmarks/digits_rounds.py search    # every setting, seed 0, on the development tuples
+    python benchmarks/digits_rounds.py runs      # the arms of the table, seeds 0 1 2, on the test tuples
+    python benchmarks/digits_rounds.py figures   # the tables and the picture of what was measured
 
-All arms begin with the shipped base ``two_rounds``, draw as many images while training, and are measured
-on the *test* tuples. *longer* takes one round and twice the iterations, *wider* one round and groups twice
-as large, *two_rounds* thinks, draws, looks, draws again under one reward of the last image. The arms
-``text_only`` freeze the image expert: what remains is what words can do. Results lie under
+All arms begin with the shipped base ``two_rounds`` and draw as many images while training. One round thinks
+and draws; two rounds think, draw, look and draw again. Results lie under
 ``benchmarks/results/digits_rounds/``, one JSON per run.
 """
 
@@ -20,62 +19,79 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from lightning_unigrpo.adapters.digits.task import Split
 
 RESULTS = Path(__file__).parent / "results" / "digits_rounds"
-ITERATIONS, PROMPTS, GROUP, SEEDS, POINTS = 80, 16, 8, 3, 8
+IMAGES, PROMPTS, GROUP, SEEDS, POINTS = 20_480, 8, 8, 3, 8
 
 
 class Arm(NamedTuple):
-    """How an arm spends its images."""
+    """How an arm spends its images; what is not said is as in configs/digits.yaml."""
 
     label: str
     rounds: int
-    iterations: int = ITERATIONS
-    group: int = GROUP
-    text_only: bool = False
+    lr: float = 3e-4
+    mse_weight: float = 0.004
+
+    @property
+    def images(self) -> int:
+        """Images of an iteration."""
+        return PROMPTS * GROUP * self.rounds
+
+    @property
+    def iterations(self) -> int:
+        """As many as the images allow."""
+        return IMAGES // self.images
 
 
 ARMS = {
-    "longer": Arm("one round, twice the iterations", 1, iterations=2 * ITERATIONS),
-    "wider": Arm("one round, groups twice as large", 1, group=2 * GROUP),
+    "one_round": Arm("one round", 1),
     "two_rounds": Arm("two rounds", 2),
-    "longer_text_only": Arm(
-        "one round, image expert frozen", 1, iterations=2 * ITERATIONS, text_only=True
-    ),
-    "two_rounds_text_only": Arm("two rounds, image expert frozen", 2, text_only=True),
+    "one_round_free": Arm("one round, γ = 0", 1, mse_weight=0.0),
+    "two_rounds_free": Arm("two rounds, γ = 0", 2, mse_weight=0.0),
 }
-FROZEN = {"flow_lr": 0.0, "flow_weight": 0.0, "mse_weight": 0.0}
+"""Of the table."""
+SEARCH = {
+    "one_round": ARMS["one_round"],
+    "one_round_lr": Arm("one round, learning rates doubled", 1, lr=6e-4),
+    "one_round_free": ARMS["one_round_free"],
+    "two_rounds": ARMS["two_rounds"],
+}
+"""What was tried on the development tuples."""
 KEYS = {
     "reward_1": "first image",
     "reward": "second image",
     "exchanged_reward": "second, another's shown",
     "reasoning_accuracy": "reasoning right",
+    "legible": "sketch right",
     "reading": "reading right",
     "mended": "mended",
     "kept": "kept",
 }
+QUALITY = {"judge": "judge accuracy", "frechet": "Fréchet distance", "diversity": "diversity"}
 """Columns of the table. An arm of one round was trained for its first image; its second is for comparison."""
 
 
-def train(name: str, seed: int) -> dict[str, Any]:
-    """Train one model and measure it on the test tuples; runs in a process of its own."""
+def train(name: str, seed: int, split: Split) -> dict[str, Any]:
+    """Train one model and measure it on held-out tuples; runs in a process of its own."""
     import torch
     from lightning.pytorch import Callback, Trainer
 
-    from lightning_unigrpo import PromptDataModule, RunReport, UniGRPOModule
+    from lightning_unigrpo import PromptDataModule, UniGRPOModule
     from lightning_unigrpo.adapters.digits import DigitsAdapter
     from lightning_unigrpo.adapters.digits.evaluate import evaluate_rounds
 
     torch.set_num_threads(1)
-    arm, adapter = ARMS[name], DigitsAdapter("two_rounds")
-    images_an_iteration = PROMPTS * arm.group * arm.rounds
+    arm, adapter = (SEARCH | ARMS)[name], DigitsAdapter("two_rounds")
     curve: list[dict[str, float]] = []
 
     class HeldOut(Callback):
         def measure(self, iteration: int) -> None:
-            found = evaluate_rounds(adapter, "test", arm.rounds)
-            curve.append({"images": iteration * images_an_iteration, **found})
+            found = evaluate_rounds(adapter, split, arm.rounds)
+            curve.append({"images": iteration * arm.images, **found})
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.measure(0)
@@ -84,16 +100,6 @@ def train(name: str, seed: int) -> dict[str, Any]:
             if pl_module.iteration % (arm.iterations // POINTS) == 0:
                 self.measure(pl_module.iteration)
 
-    settings = adapter.defaults()
-    changes = FROZEN if arm.text_only else {}
-    objective, optim = (
-        replace(part, **{k: v for k, v in changes.items() if hasattr(part, k)})
-        for part in (settings.objective, settings.optim)
-    )
-    sampling = replace(
-        settings.sampling, seed=seed, group_size=arm.group, plan=("text", "image") * arm.rounds
-    )
-    report = RunReport()
     begin, cpu = time.monotonic(), time.process_time()
     Trainer(
         accelerator="cpu",
@@ -104,59 +110,117 @@ def train(name: str, seed: int) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[report, HeldOut()],
+        callbacks=[HeldOut()],
     ).fit(
-        UniGRPOModule(adapter, sampling=sampling, objective=objective, optim=optim),
+        UniGRPOModule(adapter, **settings(adapter, arm, seed)),
         PromptDataModule(prompts_per_iteration=PROMPTS),
     )
     seconds = {"wall_seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
     return {
         "arm": name,
+        "settings": {k: v for k, v in arm._asdict().items() if k != "label"},
         "seed": seed,
         "iterations": arm.iterations,
-        "images": arm.iterations * images_an_iteration,
         **{k: round(v, 1) for k, v in seconds.items()},
         "curve": curve,
-        "reward": [round(r, 4) for _, r in report.train],
-        **measure(adapter),
+        **measure(adapter, split),
     }
 
 
-def measure(adapter: Any) -> dict[str, Any]:
+def settings(adapter: Any, arm: Arm, seed: int) -> dict[str, Any]:
+    """Return the settings of an arm, for the module."""
+    default = adapter.defaults()
+    return {
+        "sampling": replace(
+            default.sampling, seed=seed, group_size=GROUP, plan=("text", "image") * arm.rounds
+        ),
+        "objective": replace(default.objective, mse_weight=arm.mse_weight),
+        "optim": replace(default.optim, text_lr=arm.lr, flow_lr=arm.lr),
+    }
+
+
+def measure(adapter: Any, split: Split) -> dict[str, Any]:
     """Return what a model draws in one round and in two, over four draws of the noise, and some dialogues.
 
     The first round of two is the round of one; so a model of one round is asked for a second one that it
     was never trained for, too.
     """
     from lightning_unigrpo.adapters.digits.evaluate import evaluate_rounds
+    from lightning_unigrpo.adapters.digits.pretrain_two_rounds import reader
 
-    found = evaluate_rounds(adapter, "test", 2, num_seeds=4)
-    return {"test": found, "samples": samples(adapter)}
+    reads = reader()
+    found = evaluate_rounds(adapter, split, 2, num_seeds=4, reader=reads)
+    return {split: found, "quality": quality(adapter, split), **samples(adapter, split, reads)}
 
 
-def samples(adapter: Any, most: int = 3) -> dict[str, list[dict[str, Any]]]:
-    """Return dialogues on the test questions: the first few of each way a second round can go."""
+def quality(adapter: Any, split: Split) -> list[dict[str, float]]:
+    """Return what the reward does not see of each round's images, as benchmarks/digits.py measures it."""
+    import torch
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from lightning_unigrpo.adapters.digits.classifier import train_classifier
+    from lightning_unigrpo.adapters.digits.evaluate import dialogue
+    from lightning_unigrpo.adapters.digits.images import load_digits
+    from lightning_unigrpo.adapters.digits.task import prompts
+
+    class Features(torch.nn.Module):
+        num_features = 48
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return judge.features(x[:, :1] * 2 - 1)
+
+    def spread(images: torch.Tensor, digits: torch.Tensor) -> float:
+        groups = [images[digits == d, 0] for d in range(10)]
+        return float(torch.stack([g.var(0).mean() for g in groups if len(g) > 1]).mean().sqrt())
+
+    judge = train_classifier(11, width=32, hidden=Features.num_features, noise=0.5)
+    rows = prompts(split)
+    drawn = [dialogue(adapter, rows, 2, seed=seed) for seed in range(4)]
+    answers = torch.tensor([p.columns["answer"] for p in rows]).repeat(len(drawn))
+    pixels, labels = load_digits("held_out")
+    real = ((pixels + 1) / 2).unsqueeze(1).expand(-1, 3, -1, -1)
+    found = []
+    for number in range(2):
+        images = torch.cat([rounds[number].images for rounds in drawn])
+        seen = judge(images[:, :1] * 2 - 1).argmax(1)
+        distance = FrechetInceptionDistance(Features(), normalize=True, input_img_size=(3, 8, 8))
+        distance.update(real, real=True)
+        distance.update(images, real=False)
+        each = {
+            "judge": float((seen == answers).float().mean()),
+            "frechet": float(distance.compute()),
+            "diversity": spread(images, seen) / spread(real, labels),
+        }
+        found.append({key: round(value, 4) for key, value in each.items()})
+    return found
+
+
+def samples(adapter: Any, split: Split, reads: Any, most: int = 3) -> dict[str, Any]:
+    """Return how second images come out, why they fail, and the first few dialogues of each way."""
     from lightning_unigrpo.adapters.digits import DigitReward
     from lightning_unigrpo.adapters.digits.evaluate import dialogue
     from lightning_unigrpo.adapters.digits.task import prompts
 
-    rows, judge = prompts("test"), DigitReward()
+    rows, judge = prompts(split), DigitReward()
     rounds = dialogue(adapter, rows, 2)
     answers = [prompt.columns["answer"] for prompt in rows]
     rewards = [judge(images=each.images, answer=answers).tolist() for each in rounds]
+    first = reads(rounds[0].images).tolist()
     found: dict[str, list[dict[str, Any]]] = {}
     for b, prompt in enumerate(rows):
-        was, now = (values[b] > 0.5 for values in rewards)
-        kind = {
-            (True, True): "kept",
-            (False, True): "mended",
-            (False, False): "still wrong",
-            (True, False): "spoiled",
-        }[was, now]
+        texts = [adapter.detokenize(each.texts[b].tokens) for each in rounds]
+        if rewards[1][b] > 0.5:
+            kind = "right"
+        elif texts[0] != prompt.columns["reasoning"]:
+            kind = "wrong reasoning"
+        elif first[b] != answers[b]:
+            kind = "another digit sketched"
+        else:
+            kind = "spoiled"
         sample = {
             "prompt": prompt.text,
             "answer": answers[b],
-            "texts": [adapter.detokenize(each.texts[b].tokens) for each in rounds],
+            "texts": texts,
             "rewards": [round(values[b], 2) for values in rewards],
             "images": [
                 [[round(v, 2) for v in line] for line in each.images[b, 0].tolist()]
@@ -164,9 +228,10 @@ def samples(adapter: Any, most: int = 3) -> dict[str, list[dict[str, Any]]]:
             ],
         }
         found.setdefault(kind, []).append(sample)
-    numbers = {kind: len(each) for kind, each in found.items()}
-    print(numbers)
-    return {kind: each[:most] for kind, each in found.items()}
+    return {
+        "outcomes": {kind: len(each) for kind, each in found.items()},
+        "samples": {kind: each[:most] for kind, each in found.items()},
+    }
 
 
 def base() -> dict[str, Any]:
@@ -176,14 +241,25 @@ def base() -> dict[str, Any]:
     from lightning_unigrpo.adapters.digits import DigitsAdapter
 
     torch.set_num_threads(1)
-    return {"arm": "base", **measure(DigitsAdapter("two_rounds"))}
+    return {"arm": "base", **measure(DigitsAdapter("two_rounds"), "test")}
+
+
+def search(workers: int) -> None:
+    """Try every setting once, on the development tuples."""
+    run({f"search/{name}": (train, name, 0, "dev") for name in SEARCH}, workers)
 
 
 def runs(workers: int) -> None:
-    """Run what is not there yet, in processes of one thread each."""
+    """Measure the base and the arms of the table on the test tuples."""
     jobs: dict[str, tuple[Any, ...]] = {"base": (base,)}
-    jobs |= {f"{name}_seed{seed}": (train, name, seed) for seed in range(SEEDS) for name in ARMS}
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in range(SEEDS):
+        jobs |= {f"{name}_seed{seed}": (train, name, seed, "test") for name in ARMS}
+    run(jobs, workers)
+
+
+def run(jobs: dict[str, tuple[Any, ...]], workers: int) -> None:
+    """Do what is not done yet, in processes of one thread each."""
+    (RESULTS / "search").mkdir(parents=True, exist_ok=True)
     todo = {name: job for name, job in jobs.items() if not (RESULTS / f"{name}.json").exists()}
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), max_tasks_per_child=1
@@ -192,51 +268,81 @@ def runs(workers: int) -> None:
         for name, future in found.items():
             result = future.result()
             (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-            print(name, result.get("wall_seconds"), result["test"], flush=True)
+            print(name, result.get("wall_seconds"), flush=True)
 
 
-def read(name: str) -> list[dict[str, Any]]:
-    """Return the results of an arm, or of the base."""
-    return [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}_seed?.json"))]
+def of(name: str) -> list[dict[str, Any]]:
+    """Return the results of an arm on the test tuples, or of the base."""
+    paths = [RESULTS / "base.json"] if name == "base" else RESULTS.glob(f"{name}_seed?.json")
+    return [json.loads(path.read_text()) for path in sorted(paths)]
+
+
+def labels() -> dict[str, str]:
+    """Return what the rows of the tables are called."""
+    return {"base": "base"} | {name: arm.label for name, arm in ARMS.items()}
+
+
+def cell(values: list[float]) -> str:
+    """Return mean and standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def table() -> str:
-    """Return mean and standard deviation over the seeds of each arm, for docs/results.md."""
-    lines = ["| | n | " + " | ".join(KEYS.values()) + " |"]
-    lines.append("|---" * (len(KEYS) + 2) + "|")
-    groups = {"base": [json.loads((RESULTS / "base.json").read_text())]}
-    groups |= {arm.label: read(name) for name, arm in ARMS.items()}
-    for label, found in groups.items():
-        cells = []
-        for key in KEYS:
-            values = [each["test"][key] for each in found if key in each["test"]]
-            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.3f}{spread}" if values else "-")
-        lines.append(f"| {label} | {len(found)} | " + " | ".join(cells) + " |")
+    """Return what each round draws, for docs/results.md."""
+    lines = ["| | n | " + " | ".join(KEYS.values()) + " |", "|---" * (len(KEYS) + 2) + "|"]
+    for name, label in labels().items():
+        values = [[r["test"][key] for r in of(name) if key in r["test"]] for key in KEYS]
+        cells = [cell(each) if each else "-" for each in values]
+        lines.append(f"| {label} | {len(of(name))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def quality_table() -> str:
+    """Return what the reward does not see, of the images that an arm was trained for."""
+    lines = [
+        "| | image | " + " | ".join(QUALITY.values()) + " |",
+        "|---" * (len(QUALITY) + 2) + "|",
+    ]
+    for name, label in labels().items():
+        for number in (1, 2) if name == "base" else (ARMS[name].rounds,):
+            values = [[r["quality"][number - 1][key] for r in of(name)] for key in QUALITY]
+            lines.append(f"| {label} | {number} | " + " | ".join(map(cell, values)) + " |")
+    return "\n".join(lines)
+
+
+def search_table() -> str:
+    """Return what every setting came to on the development tuples."""
+    lines = ["| | first image | second image |", "|---|---|---|"]
+    for name, arm in SEARCH.items():
+        path = RESULTS / "search" / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())["dev"]
+            lines.append(f"| {arm.label} | {found['reward_1']:.3f} | {found['reward']:.3f} |")
     return "\n".join(lines)
 
 
 def figures(_: int) -> None:
-    """Print the table and draw the picture."""
+    """Print the tables and draw the picture."""
     from matplotlib.figure import Figure
 
-    print(table())
+    print(search_table(), table(), quality_table(), sep="\n\n")
+    for name in labels():
+        print(name, *(each["outcomes"] for each in of(name)))
     figure = Figure(figsize=(10, 7), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
-    for axis, text_only in zip(above.subplots(1, 2, sharey=True), (False, True), strict=True):
-        curves(axis, text_only)
+    for axis, free in zip(above.subplots(1, 2, sharey=True), (False, True), strict=True):
+        curves(axis, free)
     strip(below)
     figure.savefig(RESULTS / "rounds.png", dpi=120)
 
 
-def curves(axis: Any, text_only: bool) -> None:
+def curves(axis: Any, free: bool) -> None:
     """Draw held-out rewards over the images sampled, a thin line a seed."""
-    arms = [(name, arm) for name, arm in ARMS.items() if arm.text_only == text_only]
-    for color, (name, arm) in zip(("tab:gray", "tab:brown", "tab:blue"), arms, strict=False):
-        color = "tab:blue" if arm.rounds == 2 else color
+    arms = {name: arm for name, arm in ARMS.items() if (arm.mse_weight == 0) == free}
+    for color, (name, arm) in zip(("tab:gray", "tab:blue"), arms.items(), strict=True):
         for key, style in (("reward", "-"), ("reward_1", ":")):
-            found = [r["curve"] for r in read(name)]
-            if not found or key not in found[0][0]:
+            found = [r["curve"] for r in of(name)]
+            if key not in found[0][0]:
                 continue
             images = [point["images"] for point in found[0]]
             values = [[point[key] for point in each] for each in found]
@@ -246,22 +352,19 @@ def curves(axis: Any, text_only: bool) -> None:
             average = [mean(each) for each in zip(*values, strict=True)]
             axis.plot(images, average, style, color=color, lw=1.8, label=label)
     axis.set(xlabel="images sampled in training", ylabel="held-out reward", ylim=(0, 1))
-    axis.set_title("image expert frozen" if text_only else "joint", fontsize=9)
-    axis.legend(fontsize=7, loc="lower right" if not text_only else "upper left")
+    axis.set_title("without the velocity MSE" if free else "with the velocity MSE", fontsize=9)
+    axis.legend(fontsize=7, loc="center right")
 
 
 def strip(figure: Any) -> None:
-    """Draw dialogues of the base and of a model after two rounds of training, failures included."""
-    wanted = ("kept", "mended", "still wrong", "spoiled")
-    sources = {
-        "base": json.loads((RESULTS / "base.json").read_text())["samples"],
-        "trained": read("two_rounds")[0]["samples"],
-    }
+    """Draw dialogues of the base and of trained models, failures included."""
+    kinds = ("right", "wrong reasoning", "another digit sketched", "spoiled")
+    sources = {"base": kinds, "two_rounds": kinds, "one_round": kinds[:1]}
     columns = [
-        (f"{who}: {kind}", sample)
-        for who, found in sources.items()
+        (f"{labels()[name]}: {kind}", sample)
+        for name, wanted in sources.items()
         for kind in wanted
-        for sample in found.get(kind, [])[:1]
+        for sample in of(name)[0]["samples"].get(kind, [])[:1]
     ]
     axes = figure.subplots(2, len(columns))
     for column, (title, sample) in enumerate(columns):
@@ -279,7 +382,7 @@ def strip(figure: Any) -> None:
 
 def main() -> None:
     """Run the named parts; all of them without a name."""
-    parts = {f.__name__: f for f in (runs, figures)}
+    parts = {f.__name__: f for f in (search, runs, figures)}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--workers", type=int, default=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -234,8 +234,17 @@ def dialogue(
     return rounds
 
 
+Reader = Callable[[Tensor], Sequence[int]]
+"""Says which digits are in images ``[B, 3, 8, 8]``."""
+
+
 def evaluate_rounds(
-    adapter: Any, split: Split, num_rounds: int, *, num_seeds: int = 1
+    adapter: Any,
+    split: Split,
+    num_rounds: int,
+    *,
+    num_seeds: int = 1,
+    reader: Reader | None = None,
 ) -> dict[str, float]:
     """Measure what each round draws on the held-out questions, and what the second makes of the first.
 
@@ -244,23 +253,27 @@ def evaluate_rounds(
         split: of the questions.
         num_rounds: 1 or 2.
         num_seeds: of the noise; figures are means over them.
+        reader: of first images that the reward is no judge of, such as sketches; ``None`` = no reading is
+            judged.
 
     Returns:
         ``reward_1`` and ``accuracy_1`` of the first image, ``reward`` and ``accuracy`` of the last one (0
-        where a text is cut off), accuracy of the first reasoning; of two rounds also how often the second
-        text names the digit that the judge sees in the first image (``reading``), how often a wrong first
+        where a text is cut off), accuracy of the first reasoning; of two rounds also how often a wrong first
         image is followed by a right one (``mended``) and a right one by a right one (``kept``), where there
-        were any; ``reading`` and ``reward`` where every row is shown another row's drawing
-        (``exchanged_...``).
+        were any; ``reward`` where every row is shown another row's drawing (``exchanged_reward``); with a
+        reader also how often the first image is of the right digit, however badly drawn (``legible``), and
+        how often the second text names the digit that is there, of one's own drawing (``reading``) and of
+        another's (``exchanged_reading``).
     """
     adapter.eval()
-    found = [_of_rounds(adapter, prompts(split), num_rounds, seed) for seed in range(num_seeds)]
+    rows = prompts(split)
+    found = [_of_rounds(adapter, rows, num_rounds, seed, reader) for seed in range(num_seeds)]
     values = {name: [f[name] for f in found if name in f] for each in found for name in each}
     return {name: round(sum(each) / len(each), 4) for name, each in values.items()}
 
 
 def _of_rounds(
-    adapter: Any, rows: Sequence[Prompt], num_rounds: int, seed: int
+    adapter: Any, rows: Sequence[Prompt], num_rounds: int, seed: int, reader: Reader | None
 ) -> dict[str, float]:
     judge, answers = DigitReward(), torch.tensor([p.columns["answer"] for p in rows])
     rounds = dialogue(adapter, rows, num_rounds, seed=seed)
@@ -281,13 +294,16 @@ def _of_rounds(
     results["stopped"] = float(_stopped(rounds).mean())
     if num_rounds > 1:
         first, second = right
-        results["reading"] = _reading(adapter, rounds[1].texts, digits[0])
         for name, before in (("mended", 0), ("kept", 1)):
             if len(after := second[first == before]):
                 results[name] = float(after.mean())
         others = dialogue(adapter, rows, num_rounds, seed=seed, exchange=True)
-        results["exchanged_reading"] = _reading(adapter, others[1].texts, digits[0].roll(1))
         results["exchanged_reward"] = reward(others)
+        if reader is not None:
+            there = torch.as_tensor(reader(rounds[0].images))
+            results["legible"] = float((there == answers).float().mean())
+            results["reading"] = _reading(adapter, rounds[1].texts, there)
+            results["exchanged_reading"] = _reading(adapter, others[1].texts, there.roll(1))
     return results
 
 
