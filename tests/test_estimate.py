@@ -481,8 +481,8 @@ def test_traffic_by_hand() -> None:
     assert whole["update"] == Traffic(2 * m * 2, 0.0, 2 * 3 / 4 * 2 * m * (u + r))
     assert of("deepspeed_stage_3", n) == {}
     rewards = (
-        8 * (8 * 2 + 4) + 2 * 8 * n
-    )  # group and reward of 8 rollouts, and how many of each rank
+        8 * (8 * 3 + 4) + 2 * 8 * n
+    )  # group, last round and reward of 8 rollouts, and how many of each rank
     assert fsdp["rewards"] == Traffic(4, 3 / 4 * rewards)
 
 

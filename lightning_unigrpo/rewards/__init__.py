@@ -2,7 +2,6 @@
 
 from lightning_unigrpo.rewards.aesthetic import AestheticScore
 from lightning_unigrpo.rewards.clip import CLIPScore, PickScore
-from lightning_unigrpo.rewards.feedback import Feedback
 from lightning_unigrpo.rewards.format import ThinkFormat
 from lightning_unigrpo.rewards.geneval import GenEval
 from lightning_unigrpo.rewards.hps import HPSv2
@@ -17,7 +16,6 @@ from lightning_unigrpo.rewards.words import LengthBand, PromptCoverage, Repetiti
 __all__ = [
     "AestheticScore",
     "CLIPScore",
-    "Feedback",
     "GenEval",
     "HPSv2",
     "HTTPReward",
