@@ -34,7 +34,7 @@ bench-digits:
 	$(PYTHON) benchmarks/digits.py
 
 bench-digits-rounds:  ## two rounds against one from the same base; half an hour of one core
-	$(PYTHON) benchmarks/digits_rounds.py
+	$(PYTHON) -m benchmarks.digits_rounds
 
 bench-families:  ## tiny models of other families learn the digits; 15 minutes on two cores
 	$(PYTHON) -m benchmarks.families

@@ -21,7 +21,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "digits"
 ARMS: dict[str, dict[str, float]] = {
@@ -98,18 +101,33 @@ def train(
 
 
 def images_of(adapter: Any) -> dict[str, float]:
+    """Draw the test questions and measure what a classifier does not see of the images."""
+    import torch
+
+    from lightning_unigrpo.adapters.digits.evaluate import draw, think
+    from lightning_unigrpo.adapters.digits.task import prompts
+
+    rows = prompts("test")
+    texts = think(adapter, rows)
+    drawn = torch.cat([draw(adapter, rows, texts, seed=s) for s in range(4)])
+    return quality_of(drawn, torch.tensor([p.columns["answer"] for p in rows]).repeat(4))
+
+
+def quality_of(drawn: Tensor, answers: Tensor) -> dict[str, float]:
     """Measure what a classifier does not see: Fréchet distance, diversity, saturation.
 
     A second classifier (other width, seed and noise) gives agreement and, with its hidden layer, the
     features of the Fréchet distance to the 360 real images that no model was trained on.
+
+    Args:
+        drawn: ``[n, 3, 8, 8]`` in [0, 1].
+        answers: ``[n]`` int64, the digits that were asked for.
     """
     import torch
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     from lightning_unigrpo.adapters.digits.classifier import train_classifier
-    from lightning_unigrpo.adapters.digits.evaluate import draw, think
     from lightning_unigrpo.adapters.digits.images import load_digits
-    from lightning_unigrpo.adapters.digits.task import prompts
 
     class Features(torch.nn.Module):
         num_features = 48
@@ -118,10 +136,6 @@ def images_of(adapter: Any) -> dict[str, float]:
             return judge.features(x[:, :1] * 2 - 1)
 
     judge = train_classifier(11, width=32, hidden=Features.num_features, noise=0.5)
-    rows = prompts("test")
-    texts = think(adapter, rows)
-    drawn = torch.cat([draw(adapter, rows, texts, seed=s) for s in range(4)])
-    answers = torch.tensor([p.columns["answer"] for p in rows]).repeat(4)
     pixels, labels = load_digits("held_out")
     real = ((pixels + 1) / 2).unsqueeze(1).expand(-1, 3, -1, -1)
     distance = FrechetInceptionDistance(Features(), normalize=True, input_img_size=(3, 8, 8))

@@ -1,8 +1,8 @@
 """Does looking at one's own drawing pay? One round against two, from one base, at equal numbers of images.
 
-    python benchmarks/digits_rounds.py search    # every setting, seed 0, on the development tuples
-    python benchmarks/digits_rounds.py runs      # the arms of the table, seeds 0 1 2, on the test tuples
-    python benchmarks/digits_rounds.py figures   # the tables and the picture of what was measured
+    python -m benchmarks.digits_rounds search    # every setting, seed 0, on the development tuples
+    python -m benchmarks.digits_rounds runs      # the arms of the table, seeds 0 1 2, on the test tuples
+    python -m benchmarks.digits_rounds figures   # the tables and the picture of what was measured
 
 All arms begin with the shipped base ``two_rounds`` and draw as many images while training. One round thinks
 and draws; two rounds think, draw, look and draw again. Results lie under
@@ -71,7 +71,11 @@ KEYS = {
     "mended": "mended",
     "kept": "kept",
 }
-QUALITY = {"judge": "judge accuracy", "frechet": "Fréchet distance", "diversity": "diversity"}
+QUALITY = {
+    "judge_accuracy": "judge accuracy",
+    "frechet": "Fréchet distance",
+    "diversity": "diversity",
+}
 """Columns of the table. An arm of one round was trained for its first image; its second is for comparison."""
 
 
@@ -154,44 +158,20 @@ def measure(adapter: Any, split: Split) -> dict[str, Any]:
 
 
 def quality(adapter: Any, split: Split) -> list[dict[str, float]]:
-    """Return what the reward does not see of each round's images, as benchmarks/digits.py measures it."""
+    """Return what the reward does not see of each round's images."""
     import torch
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    from lightning_unigrpo.adapters.digits.classifier import train_classifier
+    from benchmarks.digits import quality_of
     from lightning_unigrpo.adapters.digits.evaluate import dialogue
-    from lightning_unigrpo.adapters.digits.images import load_digits
     from lightning_unigrpo.adapters.digits.task import prompts
 
-    class Features(torch.nn.Module):
-        num_features = 48
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return judge.features(x[:, :1] * 2 - 1)
-
-    def spread(images: torch.Tensor, digits: torch.Tensor) -> float:
-        groups = [images[digits == d, 0] for d in range(10)]
-        return float(torch.stack([g.var(0).mean() for g in groups if len(g) > 1]).mean().sqrt())
-
-    judge = train_classifier(11, width=32, hidden=Features.num_features, noise=0.5)
     rows = prompts(split)
     drawn = [dialogue(adapter, rows, 2, seed=seed) for seed in range(4)]
     answers = torch.tensor([p.columns["answer"] for p in rows]).repeat(len(drawn))
-    pixels, labels = load_digits("held_out")
-    real = ((pixels + 1) / 2).unsqueeze(1).expand(-1, 3, -1, -1)
     found = []
     for number in range(2):
-        images = torch.cat([rounds[number].images for rounds in drawn])
-        seen = judge(images[:, :1] * 2 - 1).argmax(1)
-        distance = FrechetInceptionDistance(Features(), normalize=True, input_img_size=(3, 8, 8))
-        distance.update(real, real=True)
-        distance.update(images, real=False)
-        each = {
-            "judge": float((seen == answers).float().mean()),
-            "frechet": float(distance.compute()),
-            "diversity": spread(images, seen) / spread(real, labels),
-        }
-        found.append({key: round(value, 4) for key, value in each.items()})
+        each = quality_of(torch.cat([rounds[number].images for rounds in drawn]), answers)
+        found.append({key: each[key] for key in QUALITY})
     return found
 
 
