@@ -71,12 +71,13 @@ KEYS = {
     "mended": "mended",
     "kept": "kept",
 }
+"""Columns of the table. An arm of one round was trained for its first image; its second is for comparison."""
 QUALITY = {
     "judge_accuracy": "judge accuracy",
     "frechet": "Fréchet distance",
     "diversity": "diversity",
 }
-"""Columns of the table. An arm of one round was trained for its first image; its second is for comparison."""
+"""Columns of the other table."""
 
 
 def train(name: str, seed: int, split: Split) -> dict[str, Any]:
