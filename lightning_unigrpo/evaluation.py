@@ -16,7 +16,7 @@ from lightning_unigrpo.config import Evaluation, Objective, Sampling
 from lightning_unigrpo.metrics import ScoreMetric
 from lightning_unigrpo.reward import combine
 from lightning_unigrpo.rewards.geneval import TASKS
-from lightning_unigrpo.types import TextSegment, Trajectory
+from lightning_unigrpo.types import Trajectory
 
 OTHERS = ("stopped", "text_length", "image/diversity", "image/saturation")
 """Figures beside the rewards."""
@@ -93,10 +93,7 @@ def evaluation_values(experience: Experience, objective: Objective) -> dict[str,
     columns = zip(experience.reward_names, rewards.unbind(1), strict=True)
     combined = combine(by_round, experience.reward_weights)  # [n, K]
     rounds = combined.unbind(1) if experience.round_rewards is not None else ()
-    lengths = [
-        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
-        for t in trajectories
-    ]
+    lengths = [sum(len(text.tokens) for text in t.texts) for t in trajectories]
     return {
         "reward": combined[:, -1],
         **{f"reward/{name}": column for name, column in columns},

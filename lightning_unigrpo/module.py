@@ -138,6 +138,7 @@ class UniGRPOModule(LightningModule):
         rounds = self.eval_sampling.num_images
         self.figures = Figures(reward_names(self._eval_rewards), self.evaluation, rounds)
         self.turns = None if turns is None else Turns(turns)
+        self._fitting: set[str] = set()
         self._refuse_dropout()
         self._refuse_round_weights()
         self._refuse_silence()
@@ -192,9 +193,15 @@ class UniGRPOModule(LightningModule):
             ValueError: saying how long what may be, and which setting to change.
         """
         self.adapter.require_room(prompt, self.sampling)
-        if self.turns is not None and "turn" in self.sampling.kinds:
-            for words in self.turns.known(prompt):
+        speaker = self._speaker(self.sampling)
+        for words in () if speaker is None else speaker.known(prompt):
+            if words not in self._fitting:  # most say the same to every prompt
                 said(self.adapter, words, TextSegment(tokens=torch.zeros(0)), self.sampling)
+                self._fitting.add(words)
+
+    def _speaker(self, sampling: Sampling) -> Turns | None:
+        """Return what speaks for the user, where a plan lets him."""
+        return self.turns if "turn" in sampling.kinds else None
 
     def _refuse_averaging(self) -> None:
         """Lightning's callback calls :meth:`configure_model` where no strategy shards, so none would."""
@@ -340,16 +347,16 @@ class UniGRPOModule(LightningModule):
         every_image = self._scores_every_image(evaluate=evaluate)
         rounds = max(1, sampling.num_images) if every_image else 1
         lengths: list[int] = []
-        runner = RewardRunner(rewards, self.device)
+        runner, speaker = RewardRunner(rewards, self.device), self._speaker(sampling)
         try:
             runner.prepare()
-            if self.turns is not None:
-                self.turns.prepare(self.device)
+            if speaker is not None:
+                speaker.prepare(self.device)
         except Exception as raised:  # a model or a service that only this rank misses
             error = raised
         distributed.agree(error)  # the rollout may call the others
         try:
-            with runner, closing(self.turns) if self.turns is not None else nullcontext():
+            with runner, nullcontext() if speaker is None else closing(speaker):
                 with self._rollout_weights():
                     for chunk in rollout(
                         self.adapter,
@@ -359,7 +366,7 @@ class UniGRPOModule(LightningModule):
                         iteration=0 if evaluate else self.iteration,
                         evaluate=evaluate,
                         every_image=rounds > 1,
-                        speaker=self.turns,
+                        speaker=speaker,
                         progress=self.progress,
                     ):
                         trajectories += chunk
@@ -591,19 +598,17 @@ class UniGRPOModule(LightningModule):
         """Return the trajectories of some prompts, unscored: a user's prompt has no label."""
         sampling = replace(self.eval_sampling, rows_per_chunk=self._rows_of("predict"))
         starts = self._evaluation_starts(batch)
-        if self.turns is not None:
-            self.turns.prepare(self.device)
-        with (
-            closing(self.turns) if self.turns is not None else nullcontext(),
-            self._rollout_weights(),
-        ):
+        speaker = self._speaker(sampling)
+        if speaker is not None:
+            speaker.prepare(self.device)
+        with nullcontext() if speaker is None else closing(speaker), self._rollout_weights():
             chunks = rollout(
                 self.adapter,
                 starts,
                 sampling,
                 evaluate=True,
                 every_image=True,
-                speaker=self.turns,
+                speaker=speaker,
                 progress=self.progress,
             )
             return [trajectory for chunk in chunks for trajectory in chunk]

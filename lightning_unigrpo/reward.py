@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_unigrpo.types import TextSegment, Trajectory
+from lightning_unigrpo.types import Trajectory
 
 ImageFormat: TypeAlias = Literal["tensor", "uint8", "pil"]
 
@@ -204,7 +204,7 @@ def table_of_rounds(rewards: Tensor, lengths: Sequence[int], num_rounds: int) ->
     ``R_ik = r_i,min(k, n_i)``
 
     Args:
-        rewards: ``[sum(lengths), m]`` float32, of each trajectory after each of its rounds.
+        rewards: ``[sum(lengths), m]`` of any dtype, of each trajectory after each of its rounds.
         lengths: n, of each trajectory, 1 to K.
         num_rounds: K.
 
@@ -537,10 +537,7 @@ def gather_columns(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     )
     columns["prompts"] = [t.prompt.text for t in trajectories]
     columns["completions"] = [t.completion for t in trajectories]
-    columns["num_tokens"] = [
-        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
-        for t in trajectories
-    ]
+    columns["num_tokens"] = [sum(len(text.tokens) for text in t.texts) for t in trajectories]
     if any(t.prompt.images for t in trajectories):
         columns["input_images"] = [t.prompt.images for t in trajectories]
     images = [None if t.image is None else t.image.detach().float() for t in trajectories]

@@ -247,6 +247,30 @@ def test_mistakes_are_found_before_anything_is_drawn(tmp_path: Path) -> None:
     assert module.iteration == 0
 
 
+class Judge:
+    """Speaks, once it was told that a collection begins."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def prepare(self, device: torch.device) -> None:
+        self.calls.append("prepare")
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    def __call__(self, *, prompts: list[str]) -> list[str]:
+        self.calls.append("speak")
+        return ["a"] * len(prompts)
+
+
+@pytest.mark.parametrize("plan", [DIALOGUE, ("text", "image")])
+def test_who_has_no_turn_is_not_woken(plan: tuple[Any, ...], tmp_path: Path) -> None:
+    judge = Judge()
+    fit(tmp_path, UniGRPOModule(ToyFlow(), sampling=small(plan=plan), turns=judge), 1)
+    assert judge.calls == (["prepare", "speak", "speak", "release"] if "turn" in plan else [])
+
+
 # ---- what the gradient is of
 
 

@@ -18,7 +18,7 @@ from lightning_unigrpo.advantage import (
     round_returns,
 )
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
-from lightning_unigrpo.reward import combine, require_scores
+from lightning_unigrpo.reward import combine, require_scores, table_of_rounds
 from lightning_unigrpo.rollout import Start
 from lightning_unigrpo.types import Prompt, after_each_round, sampled_by_round
 
@@ -128,12 +128,10 @@ def penalised_rounds(experience: Experience, truncation_reward: float | None) ->
     if truncation_reward is None:
         return rewards
     count = rewards.shape[1]
-    rounds = [
-        [part.stopped for part in after_each_round(t, count)] for t in experience.trajectories
-    ]
-    rows = [each + each[-1:] * (count - len(each)) for each in rounds]
-    stopped = torch.tensor(rows, device=rewards.device).reshape(rewards.shape[:2]).bool()
-    return torch.where(stopped.unsqueeze(2), rewards, truncation_reward)
+    rounds = [after_each_round(t, count) for t in experience.trajectories]
+    stopped = torch.tensor([[part.stopped] for parts in rounds for part in parts]).reshape(-1, 1)
+    table = table_of_rounds(stopped, [*map(len, rounds)], count)
+    return torch.where(table.to(rewards.device).bool(), rewards, truncation_reward)
 
 
 def round_metrics(reward: Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from lightning_unigrpo import distributed
 from lightning_unigrpo.callbacks.base import Experience, UniGRPOCallback
 from lightning_unigrpo.callbacks.loggers import log_samples
 from lightning_unigrpo.callbacks.rounds import may_end_early, num_images, with_rounds
-from lightning_unigrpo.types import TextSegment, Trajectory
+from lightning_unigrpo.types import Trajectory
 
 if TYPE_CHECKING:
     from lightning_unigrpo.module import UniGRPOModule
@@ -95,10 +95,7 @@ def reward_sums(experience: Experience) -> tuple[dict[str, Tensor], dict[str, Te
 
 def text_sums(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
     """Return the sums over trajectories of text length (tokens) and of texts that stopped."""
-    lengths = [
-        sum(len(s.tokens) for s in t.segments if isinstance(s, TextSegment) and s.is_sampled)
-        for t in trajectories
-    ]
+    lengths = [sum(len(text.tokens) for text in t.texts) for t in trajectories]
     return {
         "text/length": torch.tensor(float(sum(lengths))),
         "text/stopped": torch.tensor(float(sum(t.stopped for t in trajectories))),
